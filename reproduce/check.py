@@ -1,0 +1,39 @@
+"""Compare rebuilt tables with the committed ones, cell by cell; exit 1 when a cell differs beyond its interval.
+
+    python reproduce/check.py [--profile NAME] [--table NAME]... [--against REF]
+
+Rebuild first (`make reproduce`, or `dvc repro STAGE`); `make check TABLE=figa_main` does both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fgalign.config import load_profile
+from fgalign.errors import FgalignError
+from fgalign.report.check import check_tables, committed_tables, format_report, passes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the comparison; 0: every cell is exact or within its interval, 1: some differ, 2: cannot compare."""
+    parser = argparse.ArgumentParser(description="Compare rebuilt tables with the committed ones, cell by cell.")
+    parser.add_argument("--profile", help="profile to check (default: the selected one, else mini)")
+    parser.add_argument(
+        "--table", action="append", metavar="NAME", help="table to check; may be given again (default: all)"
+    )
+    parser.add_argument("--against", default="HEAD", metavar="REF", help="commit with the tables to compare with")
+    options = parser.parse_args(arguments)
+    try:
+        profile = load_profile(options.profile)
+        names = options.table or committed_tables(profile, options.against)
+        rows = check_tables(profile, names, options.against)
+    except FgalignError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(format_report(rows, names))
+    return 0 if passes(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

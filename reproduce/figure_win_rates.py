@@ -1,0 +1,11 @@
+"""Figure `win_rates` from the metrics on disk: python reproduce/figure_win_rates.py [PROFILE]
+
+The stage of the same name (`dvc repro`) also remakes the metrics where they are out of date.
+"""
+
+import sys
+
+from fgalign.report.entry import figure_entry
+
+if __name__ == "__main__":
+    sys.exit(figure_entry("win_rates"))

@@ -1,0 +1,11 @@
+"""Table `figa_main` from the metrics on disk: python reproduce/table_figa_main.py [PROFILE]
+
+The stage of the same name (`dvc repro`) also remakes the metrics where they are out of date.
+"""
+
+import sys
+
+from fgalign.report.entry import table_entry
+
+if __name__ == "__main__":
+    sys.exit(table_entry("figa_main"))

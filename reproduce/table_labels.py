@@ -1,0 +1,11 @@
+"""Table `labels` from the metrics on disk: python reproduce/table_labels.py [PROFILE]
+
+The stage of the same name (`dvc repro`) also remakes the metrics where they are out of date.
+"""
+
+import sys
+
+from fgalign.report.entry import table_entry
+
+if __name__ == "__main__":
+    sys.exit(table_entry("labels"))

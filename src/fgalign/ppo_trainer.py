@@ -1,0 +1,535 @@
+"""Fine-grained PPO: proximal policy optimisation whose reward may be one score a response or one reward a token.
+
+``FineGrainedPPOTrainer`` is usable by itself, in TRL's manner::
+
+    trainer = FineGrainedPPOTrainer(
+        model, ref_model, reward=reward, args=FineGrainedPPOConfig(output_dir="out"),
+        train_dataset=prompt_ids, processing_class=tokenizer)
+    trainer.train()
+
+``reward`` takes a ``Rollout`` and returns shape (B,) or (B, T). How rewards enter, exactly:
+
+1. A sequence score is placed at the response's last token; token rewards stay where they are. Both are multiplied by
+   one constant: 1 / (standard deviation of a response's total reward over ``calibration_prompts`` responses of the
+   reference policy), with ``reward_scale="reference_std"``; nothing is subtracted, so that token rewards gain no bonus
+   for length.
+2. A response cut off by the length budget gets ``-missing_eos_penalty`` at its last token. It ends the episode as the
+   end-of-sequence token does: no value is bootstrapped.
+3. With ``whiten_rewards`` the rewards of the batch are divided by their standard deviation (mean kept).
+4. ``kl_coef`` times the KL estimate of the token is subtracted from each token's reward.
+5. Generalised advantage estimation; with ``whiten_advantages`` the advantages of the batch get mean 0 and variance 1.
+
+``GLOSSARY`` explains every statistic that is logged.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgalign.errors import ConfigError, TrainingError
+from fgalign.losses.ppo import (
+    AdaptiveKLController,
+    FixedKLController,
+    kl_per_token,
+    policy_loss,
+    rewards_at_last_token,
+    shaped_rewards,
+    value_loss,
+)
+from fgalign.rewards import RewardFunction, response_scores
+from fgalign.rollout import Rollout, response_logps, sample_responses, uniforms
+from fgalign.tensor_ops import entropy, gae, masked_mean, masked_sum, pad, position_ids, token_logps, whiten
+
+GLOSSARY: dict[str, str] = {
+    "reward/score": "mean score of a response before scaling: the sequence reward, or the sum of its token rewards",
+    "reward/score_std": "standard deviation over the batch of that score",
+    "reward/token": "mean scaled reward of a token, without penalties",
+    "reward/shaped": "mean over responses of the sum of what the policy is paid: scaled rewards minus penalties",
+    "kl/response": "mean over responses of sum_t log pi(y_t) - log pi_ref(y_t), in nats",
+    "kl/coef": "coefficient of the KL penalty in this update",
+    "response/tokens": "mean response length, the end-of-sequence token included",
+    "response/truncated": "share of responses that the length budget cut off",
+    "policy/loss": "clipped surrogate loss, mean over the update's minibatches",
+    "policy/clip_fraction": "share of tokens whose probability ratio was clipped",
+    "policy/approximate_kl": "k3 estimate of the KL between old and new policy, nats a token",
+    "policy/entropy": "mean entropy of the next-token distribution, in nats",
+    "value/loss": "half the (clipped) squared error of the values",
+    "value/clip_fraction": "share of tokens whose value was clipped",
+    "value/explained_variance": "1 - var(returns - values) / var(returns), with the values before the update",
+    "gradient/norm": "norm of the gradient before clipping, mean over optimiser steps",
+    "learning_rate": "learning rate at the update's last optimiser step",
+    "count/response_tokens": "response tokens sampled so far",
+    "count/gradient_updates": "optimiser steps taken so far",
+    "time/rollout": "seconds of sampling",
+    "time/scoring": "seconds of reward model, reference and old policy",
+    "time/update": "seconds of forward and backward passes and optimiser steps",
+}
+"""Name of each logged statistic and what it is."""
+
+
+@dataclass
+class FineGrainedPPOConfig:
+    """Arguments of ``FineGrainedPPOTrainer``. Batch sizes count responses, over all processes together.
+
+    Raises:
+        ConfigError: a value that cannot work, when the trainer is made.
+    """
+
+    output_dir: str
+    seed: int = 1
+    updates: int = 50
+    """Rounds of sampling and updating."""
+    rollout_batch_size: int = 64
+    """Responses sampled in a round."""
+    epochs: int = 4
+    """Passes over a round's responses."""
+    minibatch_size: int = 16
+    """Responses of one optimiser step."""
+    microbatch_size: int | None = None
+    """Responses of one forward and backward pass (None: the minibatch); gradients of a minibatch's passes add up."""
+    learning_rate: float = 1e-5
+    value_learning_rate: float | None = None
+    """Learning rate of the value head or value model (None: the same)."""
+    warmup_updates: int = 0
+    """Updates over which the learning rate rises linearly to its value."""
+    schedule: str = "constant"
+    """After the warm-up: ``constant``, or ``linear`` down to 0 at the last update."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    response_length: int = 48
+    """Budget of a response, in tokens."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities that are trained."""
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_range: float = 0.2
+    clip_range_value: float | None = 0.2
+    value_coef: float = 0.1
+    """Weight of the value loss beside the policy loss."""
+    value_model: str = "head"
+    """``head``: a linear layer on the policy's last hidden state; ``separate``: a model of its own."""
+    kl_coef: float = 0.05
+    kl_controller: str = "fixed"
+    """``fixed`` or ``adaptive`` (towards ``kl_target`` nats a response, Ziegler et al. 2019)."""
+    kl_target: float = 6.0
+    kl_horizon: float = 10000.0
+    kl_estimator: str = "k1"
+    reward_scale: str = "reference_std"
+    """``reference_std`` (see the module's text, 1) or ``none``."""
+    calibration_prompts: int = 256
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    missing_eos_penalty: float = 1.0
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    """Compute in bf16 through accelerate's mixed precision; weights stay in float32."""
+    use_cpu: bool = False
+    """Stay on the CPU even where there is a GPU."""
+
+
+def check_config(args: FineGrainedPPOConfig) -> None:
+    """Raise ConfigError where values cannot work together."""
+    for name, allowed in {
+        "schedule": ("constant", "linear"),
+        "value_model": ("head", "separate"),
+        "kl_controller": ("fixed", "adaptive"),
+        "kl_estimator": ("k1", "k2", "k3"),
+        "reward_scale": ("reference_std", "none"),
+    }.items():
+        if getattr(args, name) not in allowed:
+            raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, found {getattr(args, name)!r}")
+    for name in ("updates", "rollout_batch_size", "epochs", "minibatch_size", "response_length"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name}: expected at least 1, found {getattr(args, name)}")
+    if args.rollout_batch_size % args.minibatch_size:
+        raise ConfigError(
+            f"minibatch_size: expected a divisor of rollout_batch_size {args.rollout_batch_size}, "
+            f"found {args.minibatch_size}"
+        )
+    if not args.temperature > 0:
+        raise ConfigError(f"temperature: expected above 0 (training needs a distribution), found {args.temperature}")
+
+
+class PolicyWithValue(nn.Module):
+    """A causal LM and the value of each state, behind one forward pass (so that accelerate can wrap both)."""
+
+    def __init__(self, policy: Any, value_model: Any = None) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+        if value_model is None:
+            self.value_head = nn.Linear(policy.config.hidden_size, 1)
+            # Values start at 0: an untrained head must not disturb the first advantages.
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Logits (B, keep, V) and values (B, keep) at the last ``keep`` positions."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids(attention_mask),
+            "use_cache": False,
+        }
+        if self.value_model is None:
+            output = self.policy(**inputs, logits_to_keep=keep, output_hidden_states=True)
+            hidden = output.hidden_states[-1][:, -keep:]
+            values = self.value_head(hidden.to(self.value_head.weight.dtype))
+        else:
+            output = self.policy(**inputs, logits_to_keep=keep)
+            values = self.value_model(**inputs).logits[:, -keep:]
+        return output.logits, values.squeeze(-1).float()
+
+
+@dataclass
+class Experience:
+    """A round's responses and what the updates need of them; (B, T) each but the rollout."""
+
+    rollout: Rollout
+    old_logps: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+class FineGrainedPPOTrainer:
+    """PPO with a reward a sequence or a token (see the module's text).
+
+    Args:
+        model: causal LM to align, in float32.
+        ref_model: the reference policy, kept as it is; with ``peft_config`` it may be None: then it is the model with
+            its adapter switched off.
+        reward: see the module's text.
+        args: the configuration.
+        train_dataset: prompts as lists of token ids.
+        processing_class: tokenizer; gives the ids of padding and end of sequence.
+        value_model: token-classification model with one label, for ``args.value_model="separate"``.
+        peft_config: adapters to train instead of all weights.
+        log: called with (statistics, update) after each update.
+        callbacks: called with (trainer, update) before training, as update 0, and after each update.
+
+    Raises:
+        ConfigError: bad arguments; ``TrainingError``: a loss or a reward that is not finite.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any,
+        reward: RewardFunction,
+        args: FineGrainedPPOConfig,
+        train_dataset: Sequence[Sequence[int]],
+        processing_class: Any,
+        *,
+        value_model: Any = None,
+        peft_config: Any = None,
+        log: Callable[[Mapping[str, float], int], None] | None = None,
+        callbacks: Sequence[Callable[[FineGrainedPPOTrainer, int], None]] = (),
+    ) -> None:
+        from accelerate import Accelerator
+
+        check_config(args)
+        if (args.value_model == "separate") != (value_model is not None):
+            given = "none" if value_model is None else "one"
+            raise ConfigError(f"value_model: {args.value_model!r} in args, but {given} given")
+        if ref_model is None and peft_config is None:
+            raise ConfigError("ref_model: None works only with peft_config, where the adapter can be switched off")
+        if len(train_dataset) < args.rollout_batch_size:
+            raise ConfigError(
+                f"train_dataset: {len(train_dataset)} prompts, fewer than rollout_batch_size {args.rollout_batch_size}"
+            )
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.args = args
+        self.accelerator = Accelerator(cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "no")
+        self.reward = reward
+        self.prompts = train_dataset
+        self.tokenizer = processing_class
+        self._log = log
+        self._callbacks = list(callbacks)
+        processes = self.accelerator.num_processes
+        if args.rollout_batch_size % processes or args.minibatch_size % processes:
+            raise ConfigError(f"rollout_batch_size and minibatch_size: expected multiples of {processes} processes")
+        both = PolicyWithValue(model, value_model)
+        optimizer = torch.optim.AdamW(self._groups(both), weight_decay=args.weight_decay, betas=(0.9, 0.95))
+        self.model, self.optimizer = self.accelerator.prepare(both, optimizer)
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.ref_model = ref_model.to(self.device).eval() if ref_model is not None else None
+        self.kl_controller = (
+            FixedKLController(args.kl_coef)
+            if args.kl_controller == "fixed"
+            else AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
+        )
+        self._generator = torch.Generator().manual_seed(args.seed)
+        self._order = self._prompt_order()
+        self.reward_factor = 1.0
+        self.response_tokens = 0
+        self.gradient_updates = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self.accelerator.device
+
+    @property
+    def policy(self) -> Any:
+        """The policy under training, without the value head."""
+        return self.accelerator.unwrap_model(self.model).policy
+
+    def train(self) -> None:
+        """Run all updates."""
+        self.reward_factor = self._calibrate()
+        self._call_back(0)
+        for update in range(1, self.args.updates + 1):
+            statistics = self.step(update)
+            if self._log is not None:
+                self._log(statistics, update)
+            self._call_back(update)
+
+    def step(self, update: int) -> dict[str, float]:
+        """One round: sample, score, update; returns the statistics that GLOSSARY explains."""
+        self._set_learning_rate(update)
+        started = time.perf_counter()
+        rollout = self.sample(self._next_prompts())
+        sampled = time.perf_counter()
+        experience, statistics = self.make_experience(rollout)
+        scored = time.perf_counter()
+        statistics |= self.update(experience)
+        statistics |= {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "count/response_tokens": self.response_tokens,
+            "count/gradient_updates": self.gradient_updates,
+            "time/rollout": sampled - started,
+            "time/scoring": scored - sampled,
+            "time/update": time.perf_counter() - scored,
+        }
+        return statistics
+
+    def sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor | None = None) -> Rollout:
+        """One response of the current policy to each prompt; ``uniform`` (B, T) fixes the random numbers."""
+        if uniform is None:
+            uniform = uniforms(len(prompts), self.args.response_length, self._generator)
+        with self.accelerator.autocast():
+            return sample_responses(
+                self.policy,
+                pad(prompts, self.tokenizer.pad_token_id, side="left").to(self.device),
+                pad([[1] * len(ids) for ids in prompts], 0, side="left").bool().to(self.device),
+                uniform,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                temperature=self.args.temperature,
+            )
+
+    @torch.no_grad()
+    def make_experience(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
+        """Score a round's responses and compute advantages; also its statistics."""
+        args, mask = self.args, rollout.response_mask
+        raw = self._score(rollout)
+        logits, values = self._forward(rollout)
+        logps = token_logps(logits / args.temperature, rollout.response_ids)
+        kl = kl_per_token(logps, self.ref_logps(rollout), args.kl_estimator)
+        scaled = self.reward_factor * (rewards_at_last_token(raw, mask) if raw.dim() == 1 else raw)
+        paid = scaled - args.missing_eos_penalty * rewards_at_last_token(rollout.truncated.float(), mask)
+        if args.whiten_rewards:
+            paid = whiten(paid, mask, shift_mean=False, reduce=self._sum)
+        shaped = shaped_rewards(paid, kl, self.kl_controller.value, mask)
+        advantages, returns = gae(shaped, values, mask, gamma=args.gamma, lam=args.lam)
+        if args.whiten_advantages:
+            advantages = whiten(advantages, mask, reduce=self._sum)
+
+        scores = response_scores(raw, mask)
+        response_kl = self._mean(masked_sum(kl, mask, 1))
+        tokens = int(self._sum(mask.sum()))
+        self.response_tokens += tokens
+        residual = masked_mean((returns - values - masked_mean(returns - values, mask)).square(), mask)
+        spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+        statistics = {
+            "reward/score": self._mean(scores),
+            "reward/score_std": float(scores.std(correction=0)),
+            "reward/token": float(masked_mean(scaled, mask)),
+            "reward/shaped": self._mean(masked_sum(shaped, mask, 1)),
+            "kl/response": response_kl,
+            "kl/coef": self.kl_controller.value,
+            "response/tokens": tokens / args.rollout_batch_size,
+            "response/truncated": self._mean(rollout.truncated.float()),
+            "policy/entropy": float(masked_mean(entropy(logits / args.temperature), mask)),
+            "value/explained_variance": float(1 - residual / spread.clamp(min=1e-8)),
+        }
+        self.kl_controller.update(response_kl, args.rollout_batch_size)
+        return Experience(rollout, logps, values, advantages, returns), statistics
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """All optimiser steps of a round; the mean of their statistics."""
+        rows = experience.advantages.shape[0]
+        size = self.args.minibatch_size // self.accelerator.num_processes
+        sums: dict[str, float] = {}
+        steps = 0
+        for _ in range(self.args.epochs):
+            order = torch.randperm(rows, generator=self._generator)
+            for chunk in order.split(size):
+                for name, value in self.minibatch_step(experience, chunk).items():
+                    sums[name] = sums.get(name, 0.0) + value
+                steps += 1
+        return {name: value / steps for name, value in sums.items()}
+
+    def minibatch_step(self, experience: Experience, chunk: Tensor) -> dict[str, float]:
+        """One optimiser step on the responses at ``chunk``, in micro-batches whose gradients add up exactly."""
+        args = self.args
+        mask = experience.rollout.response_mask[chunk.to(self.device)]
+        total = self._sum(mask.sum()).clamp(min=1)
+        statistics = dict.fromkeys(
+            ("policy/loss", "policy/clip_fraction", "policy/approximate_kl", "value/loss", "value/clip_fraction"), 0.0
+        )
+        pieces = chunk.split(args.microbatch_size or len(chunk))
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                losses, share = self._micro_losses(experience, piece.to(self.device), total)
+                # Processes' gradients are averaged, so each multiplies by their number.
+                loss = (losses["policy/loss"] + args.value_coef * losses["value/loss"]) * share
+                if not math.isfinite(float(loss)):
+                    raise TrainingError(
+                        f"PPO loss is {float(loss)} after {self.gradient_updates} gradient updates; expected a finite "
+                        "number: lower the learning rate or look at the rewards"
+                    )
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            for name in statistics:
+                statistics[name] += float(losses[name]) * float(share)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.gradient_updates += 1
+        return {**statistics, "gradient/norm": float(norm)}
+
+    def save_model(self, folder: str | Path | None = None) -> None:
+        """Save policy (adapter merged) and tokenizer to ``folder`` (default: ``args.output_dir``)."""
+        from fgalign.modeling import save_model
+
+        save_model(self.policy, self.tokenizer, Path(folder or self.args.output_dir))
+
+    def _micro_losses(self, experience: Experience, index: Tensor, total: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of a micro-batch, each a mean over its tokens, and its share of the minibatch's tokens."""
+        args = self.args
+        rollout = experience.rollout.rows(index)
+        mask = rollout.response_mask
+        width = mask.shape[1]
+        logits, values = self._forward(rollout)
+        logps = token_logps(logits / args.temperature, rollout.response_ids)
+        policy = policy_loss(
+            logps, experience.old_logps[index, :width], experience.advantages[index, :width], mask, args.clip_range
+        )
+        value = value_loss(
+            values,
+            experience.old_values[index, :width],
+            experience.returns[index, :width],
+            mask,
+            args.clip_range_value,
+        )
+        losses = {
+            "policy/loss": policy.loss,
+            "policy/clip_fraction": policy.clip_fraction,
+            "policy/approximate_kl": policy.approximate_kl,
+            "value/loss": value.loss,
+            "value/clip_fraction": value.clip_fraction,
+        }
+        return losses, mask.sum() / total
+
+    def _forward(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) that predict each response token, and values (B, T) of the states before them."""
+        keep = rollout.response_ids.shape[1] + 1
+        logits, values = self.model(rollout.input_ids, rollout.attention_mask.long(), keep)
+        return logits[:, :-1], values[:, :-1]
+
+    @torch.no_grad()
+    def ref_logps(self, rollout: Rollout) -> Tensor:
+        """Log-probabilities (B, T) of the response tokens under the reference policy."""
+        with self.accelerator.autocast():
+            if self.ref_model is not None:
+                return response_logps(self.ref_model, rollout, self.args.temperature)
+            with self.policy.disable_adapter():
+                return response_logps(self.policy, rollout, self.args.temperature)
+
+    def _score(self, rollout: Rollout) -> Tensor:
+        """Rewards, (B,) or (B, T), checked: finite, and of one of the two shapes."""
+        with self.accelerator.autocast():
+            rewards = self.reward(rollout).float()
+        if rewards.shape not in (rollout.truncated.shape, rollout.response_mask.shape):
+            raise TrainingError(
+                f"reward: expected shape {tuple(rollout.truncated.shape)} (one score a response) or "
+                f"{tuple(rollout.response_mask.shape)} (one reward a token), found {tuple(rewards.shape)}"
+            )
+        if rewards.dim() == 2:
+            rewards = torch.where(rollout.response_mask, rewards, torch.zeros_like(rewards))
+        if not bool(torch.isfinite(rewards).all()):
+            raise TrainingError("reward: expected finite numbers, found NaN or infinity; look at the reward model")
+        return rewards
+
+    @torch.no_grad()
+    def _calibrate(self) -> float:
+        """1 / standard deviation of the total reward over responses of the policy before training."""
+        if self.args.reward_scale == "none":
+            return 1.0
+        size = self.args.rollout_batch_size
+        chosen = [self.prompts[index] for index in range(min(self.args.calibration_prompts, len(self.prompts)))]
+        scores = []
+        for start in range(0, len(chosen), size):
+            rollout = self.sample(chosen[start : start + size])
+            scores.append(response_scores(self._score(rollout), rollout.response_mask))
+        spread = float(torch.cat(scores).std(correction=0))
+        if not spread > 1e-6:
+            raise TrainingError(
+                f"reward_scale: the reward is the same ({float(torch.cat(scores).mean()):.4g}) for all {len(chosen)} "
+                "calibration responses; look at the reward model"
+            )
+        return 1.0 / spread
+
+    def _groups(self, both: PolicyWithValue) -> list[dict[str, Any]]:
+        value_rate = self.args.value_learning_rate or self.args.learning_rate
+        policy = [parameter for parameter in both.policy.parameters() if parameter.requires_grad]
+        value = list((both.value_model or both.value_head).parameters())
+        return [{"params": policy, "lr": self.args.learning_rate}, {"params": value, "lr": value_rate}]
+
+    def _set_learning_rate(self, update: int) -> None:
+        args = self.args
+        factor = min(1.0, update / args.warmup_updates) if args.warmup_updates else 1.0
+        if args.schedule == "linear":
+            factor *= (args.updates - update + 1) / args.updates
+        for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = rate * factor
+
+    def _next_prompts(self) -> list[Sequence[int]]:
+        """This process's share of the next round's prompts; every process draws the same order."""
+        drawn = [self.prompts[next(self._order)] for _ in range(self.args.rollout_batch_size)]
+        return drawn[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _prompt_order(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.args.seed)
+        while True:
+            yield from torch.randperm(len(self.prompts), generator=generator).tolist()
+
+    def _call_back(self, update: int) -> None:
+        for callback in self._callbacks:
+            callback(self, update)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
+
+    def _mean(self, values: Tensor) -> float:
+        mean = values.float().mean()
+        return float(self.accelerator.reduce(mean, "mean") if self.accelerator.num_processes > 1 else mean)
+
+
+CONFIG_FIELDS = tuple(field.name for field in fields(FineGrainedPPOConfig))

@@ -1,0 +1,146 @@
+"""Compare rebuilt tables with the committed ones, cell by cell.
+
+A rebuilt value is *exact* when it equals the committed one in all printed decimals, *within* when it lies in the
+committed 95% interval (a lower bound is open above), and *differs* otherwise. A cell without an interval depends on the
+data alone and must be exact. A cell that only one side has, or whose seeds changed, differs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fgalign.config import Profile
+from fgalign.errors import InputError
+from fgalign.report.cells import Cell, cells_from_csv, cells_to_csv, read_table
+from fgalign.report.tables import TABLES, table_paths, table_spec
+
+Verdict = Literal["exact", "within", "differs", "only committed", "only rebuilt", "other seeds"]
+PASSING = ("exact", "within")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One cell on both sides; None where a side does not have it."""
+
+    table: str
+    method: str
+    metric: str
+    committed: Cell | None
+    rebuilt: Cell | None
+    verdict: Verdict
+
+    @property
+    def tolerance(self) -> str:
+        """What the committed cell allows, as text: half the width of its interval, or why there is none."""
+        cell = self.committed
+        if cell is None:
+            return ""
+        if cell.low is None:
+            return "exact"
+        if cell.high is None:
+            return f"at least {cell.low:.4f}"
+        return f"{(cell.high - cell.low) / 2:.4f}"
+
+
+def compare_cells(table: str, committed: Iterable[Cell], rebuilt: Iterable[Cell]) -> list[Comparison]:
+    """Compare two versions of a table, in the order of the committed one; cells that are new come last."""
+    old = {(cell.method, cell.metric): cell for cell in committed}
+    new = {(cell.method, cell.metric): cell for cell in rebuilt}
+    rows = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        rows.append(Comparison(table, *key, old.get(key), new.get(key), _verdict(old.get(key), new.get(key))))
+    return rows
+
+
+def check_tables(profile: Profile, names: Iterable[str], against: str = "HEAD") -> list[Comparison]:
+    """Compare the tables on disk with those of the commit ``against``.
+
+    Raises:
+        ConfigError: an unknown table.
+        InputError: a table was not rebuilt, or ``against`` is no commit or holds no such table.
+    """
+    rows = []
+    for name in names:
+        table_spec(name)
+        path = table_paths(profile, name)[0]
+        committed = cells_from_csv(committed_text(profile.root, path, against), f"{against}:{path.name}")
+        rows += compare_cells(name, committed, read_table(path))
+    return rows
+
+
+def committed_tables(profile: Profile, against: str = "HEAD") -> list[str]:
+    """Names of the tables to check: those that are on disk or in the commit ``against``, in the order of the papers."""
+    folder = table_paths(profile, next(iter(TABLES)))[0].parent.relative_to(profile.root).as_posix()
+    listing = _git(profile.root, "ls-tree", "--name-only", against, f"{folder}/")
+    held = {Path(line).stem for line in listing.splitlines() if line.endswith(".csv")}
+    return [name for name in TABLES if name in held or table_paths(profile, name)[0].exists()]
+
+
+def committed_text(root: Path, path: Path, against: str) -> str:
+    """The text of a file at a commit; InputError where the commit does not hold it."""
+    return _git(root, "show", f"{against}:{path.relative_to(root).as_posix()}")
+
+
+def format_report(rows: list[Comparison], names: Iterable[str]) -> str:
+    """The comparison as plain text: one line a cell, then the counts."""
+    table = [("table", "row", "metric", "committed", "rebuilt", "tolerance", "verdict")]
+    for row in rows:
+        sides = [f"{cell.mean:.4f}" if cell else "-" for cell in (row.committed, row.rebuilt)]
+        table.append((row.table, row.method, row.metric, *sides, row.tolerance, row.verdict))
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    lines = [
+        "  ".join(
+            _pad(text, width, index) for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    counts = Counter(row.verdict for row in rows)
+    tally = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("exact", "within", "differs"))
+    others = "".join(
+        f", {counts[verdict]} {verdict}" for verdict in counts if verdict not in ("exact", "within", "differs")
+    )
+    verdict = "OK" if passes(rows) else "DIFFERENT"
+    return "\n".join([*lines, "", f"{verdict}: {len(rows)} cells of {' '.join(names)}: {tally}{others}"])
+
+
+def passes(rows: list[Comparison]) -> bool:
+    """True when there are cells and each is exact or within its interval."""
+    return bool(rows) and all(row.verdict in PASSING for row in rows)
+
+
+def _verdict(old: Cell | None, new: Cell | None) -> Verdict:
+    if new is None:
+        return "only committed"
+    if old is None:
+        return "only rebuilt"
+    if old.seeds != new.seeds:
+        return "other seeds"
+    if cells_to_csv([old]) == cells_to_csv([new]):
+        return "exact"
+    if old.low is None:
+        return "exact" if f"{old.mean:.4f}" == f"{new.mean:.4f}" else "differs"
+    high = float("inf") if old.high is None else old.high
+    return "within" if old.low <= float(f"{new.mean:.4f}") <= high else "differs"
+
+
+def _pad(text: str, width: int, column: int) -> str:
+    return text.rjust(width) if column in (3, 4, 5) else text.ljust(width)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError("the check needs git on the PATH to read the committed tables") from None
+    if result.returncode:
+        raise InputError(
+            f"git {' '.join(arguments)}: {result.stderr.strip()}; "
+            "name a commit that holds the tables (--against), or commit results first"
+        )
+    return result.stdout

@@ -1,0 +1,267 @@
+"""Reading metrics files for the report: every gap is an error that says which stage has to run.
+
+A report never averages over what happens to be there. Each reader knows which seeds, prompts and columns must be in a
+file and raises InputError otherwise, so that a table cannot silently lose a seed.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fgalign.config import Profile
+from fgalign.errors import InputError
+from fgalign.io import read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+JUDGED_COLUMNS = ("id", "seed", "score", "reference_score", "win", "kl", "tokens", "truncated")
+CURVE_COLUMNS = ("update", "response_tokens", "gradient_updates", "score", "win", "kl", "reward")
+SIDES = ("initial", "revised", "reference")
+
+
+def metrics_path(profile: Profile, name: str) -> Path:
+    """Path of a metrics file of the profile, for example ``judged/figa.csv``."""
+    return profile.results / "metrics" / name
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One value per (seed, item) for each column of a metrics file; ``values[column]`` has shape [seeds, items]."""
+
+    seeds: list[int]
+    items: list[str]
+    values: dict[str, np.ndarray]
+
+
+def read_rows(path: Path, columns: tuple[str, ...], writer: str) -> list[dict[str, str]]:
+    """Rows of a CSV file that must have ``columns`` (others are kept) and at least one row.
+
+    ``writer`` says in errors what to run, for example "the stage that judges `figa`".
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such metrics file; run {writer} (`dvc repro`)")
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in columns if column not in (reader.fieldnames or [])]
+        if missing:
+            raise InputError(
+                f"{path}:1: column {missing[0]!r} is missing; expected {', '.join(columns)}, "
+                f"found {', '.join(reader.fieldnames or ['nothing'])}; run {writer} again"
+            )
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} fields; run {writer} again"
+                )
+            rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: no rows below the header; run {writer} again")
+    return rows
+
+
+def number(text: str, path: Path, line: int, column: str) -> float:
+    """Parse one finite number of a metrics file."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{path}:{line}: {column}: expected a finite number, found {text!r}; run the stage again")
+    return value
+
+
+def check_seeds(found: set[int], wanted: list[int], what: str, writer: str) -> None:
+    """Raise InputError unless exactly the profile's seeds were found."""
+    missing = [seed for seed in wanted if seed not in found]
+    extra = sorted(found - set(wanted))
+    if missing or extra:
+        fault = f"seed {missing[0]} is missing" if missing else f"seed {extra[0]} is not one of the profile's seeds"
+        raise InputError(
+            f"{what}: {fault}; expected seeds {_join(wanted)}, found {_join(sorted(found))}; run {writer} (`dvc repro`)"
+        )
+
+
+def read_grid(path: Path, seeds: list[int], columns: tuple[str, ...], writer: str, prefix: str | None = None) -> Grid:
+    """Read a file with one row per (seed, id) as arrays; columns starting with ``prefix`` are read as well.
+
+    Raises:
+        InputError: a seed or column is missing, a pair comes twice, or the seeds do not have the same ids.
+    """
+    rows = read_rows(path, ("id", "seed", *columns), writer)
+    names = [*columns, *(key for key in rows[0] if prefix and key.startswith(prefix))]
+    cells: dict[tuple[int, str], list[float]] = {}
+    for line, row in enumerate(rows, start=2):
+        key = (_seed(row["seed"], path, line), row["id"])
+        if key in cells:
+            raise InputError(f"{path}:{line}: seed {key[0]}, id {key[1]!r} comes twice; run {writer} again")
+        cells[key] = [_bool_or_number(row[name], path, line, name) for name in names]
+    check_seeds({seed for seed, _ in cells}, seeds, str(path), writer)
+    return _grid(cells, seeds, names, path, writer)
+
+
+def read_judged(profile: Profile, method: str) -> Grid:
+    """Judged samples of one method; columns of ``JUDGED_COLUMNS`` and ``reward_*``."""
+    path = metrics_path(profile, f"judged/{method}.csv")
+    return read_grid(path, profile.seeds, JUDGED_COLUMNS[2:], f"the stage that judges `{method}`", prefix="reward_")
+
+
+def read_figa_data(profile: Profile) -> dict[str, Grid]:
+    """Reward, tokens and edit distance per pair, for each of the sides initial, revised and reference."""
+    path, writer = metrics_path(profile, "figa_data.csv"), "the stage that scores FIGA's data"
+    columns = ("reward", "tokens", "edit_distance")
+    sides: dict[str, dict[tuple[int, str], list[float]]] = {side: {} for side in SIDES}
+    for line, row in enumerate(read_rows(path, ("id", "side", "seed", *columns), writer), start=2):
+        if row["side"] not in sides:
+            raise InputError(f"{path}:{line}: side: expected one of {', '.join(SIDES)}, found {row['side']!r}")
+        key = (_seed(row["seed"], path, line), row["id"])
+        if key in sides[row["side"]]:
+            raise InputError(f"{path}:{line}: {row['side']} of id {key[1]!r} comes twice for seed {key[0]}")
+        sides[row["side"]][key] = [number(row[name], path, line, name) for name in columns]
+    grids = {}
+    for side, cells in sides.items():
+        check_seeds({seed for seed, _ in cells}, profile.seeds, f"{path} ({side})", writer)
+        grids[side] = _grid(cells, profile.seeds, list(columns), path, writer)
+    return grids
+
+
+def read_reward_models(profile: Profile, required: list[str]) -> dict[str, dict[str, list[float]]]:
+    """``model -> metric -> value per seed`` (order of the profile's seeds), the required models first."""
+    path, writer = metrics_path(profile, "reward_models.csv"), "the stage that evaluates the reward models"
+    cells: dict[tuple[str, str], dict[int, float]] = {}
+    for line, row in enumerate(read_rows(path, ("model", "metric", "seed", "value"), writer), start=2):
+        values = cells.setdefault((row["model"], row["metric"]), {})
+        seed = _seed(row["seed"], path, line)
+        if seed in values:
+            raise InputError(f"{path}:{line}: {row['metric']} of {row['model']} comes twice for seed {seed}")
+        values[seed] = number(row["value"], path, line, "value")
+    found = list(dict.fromkeys(model for model, _ in cells))
+    for model in required:
+        if model not in found:
+            raise InputError(
+                f"{path}: no rows for reward model {model!r}; found {_join(found)}; train it, run {writer}"
+            )
+    models = {}
+    for model in [*required, *(name for name in found if name not in required)]:
+        models[model] = {}
+        for (name, metric), values in cells.items():
+            if name == model:
+                check_seeds(set(values), profile.seeds, f"{path} ({model}, {metric})", writer)
+                models[model][metric] = [values[seed] for seed in profile.seeds]
+    return models
+
+
+def read_curves(profile: Profile, methods: list[str]) -> dict[str, dict[int, list[dict[str, float]]]]:
+    """``method -> seed -> evaluations in the order of updates``, each with the columns of ``CURVE_COLUMNS``."""
+    path, writer = metrics_path(profile, "curves.csv"), "the stage that judges the learning curves"
+    curves: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for line, row in enumerate(read_rows(path, ("method", "seed", *CURVE_COLUMNS), writer), start=2):
+        point = {name: number(row[name], path, line, name) for name in CURVE_COLUMNS}
+        curves.setdefault(row["method"], {}).setdefault(_seed(row["seed"], path, line), []).append(point)
+    result = {}
+    for method in methods:
+        if method not in curves:
+            raise InputError(
+                f"{path}: no rows for method {method!r}; found {_join(list(curves))}; train it, run {writer}"
+            )
+        check_seeds(set(curves[method]), profile.seeds, f"{path} ({method})", writer)
+        result[method] = {}
+        for seed in profile.seeds:
+            points = sorted(curves[method][seed], key=lambda point: point["update"])
+            updates = [point["update"] for point in points]
+            if updates[0] != 0 or len(set(updates)) != len(updates):
+                raise InputError(
+                    f"{path}: {method}, seed {seed}: expected update 0 and each later one once, "
+                    f"found {_join(int(update) for update in updates)}; run {writer} again"
+                )
+            result[method][seed] = points
+    return result
+
+
+def read_label_statistics(profile: Profile) -> dict[str, dict[str, float]]:
+    """``split -> statistic -> value`` of the minimal-edit labels."""
+    path = metrics_path(profile, "label_statistics.json")
+    splits = read_json(path)
+    for split, values in splits.items():
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: {split}: expected statistics by name, found {values!r}")
+        for name, value in values.items():
+            number(str(value), path, 1, f"{split}.{name}")
+    return splits
+
+
+def read_label_quality(profile: Profile) -> dict[str, dict[str, float]]:
+    """``all | flaw type -> metric -> value`` of the minimal-edit labels against the truth.
+
+    A share without a denominator (null in the file: no token of that kind) is left out; the table shows a dash.
+    """
+    path = metrics_path(profile, "label_quality.json")
+    quality = dict(read_json(path))
+    by_type = quality.pop("by_type", {})
+    rows = {"all": quality, **by_type}
+    for kind, values in rows.items():
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: {kind}: expected metrics by name, found {values!r}")
+        rows[kind] = {name: value for name, value in values.items() if value is not None}
+        for name, value in rows[kind].items():
+            number(str(value), path, 1, f"{kind}.{name}")
+    return rows
+
+
+def read_token_examples(profile: Profile) -> list[dict]:
+    """Test answers with a label, a gold mark and a reward per token, for the coloured figure."""
+    path = metrics_path(profile, "token_examples.json")
+    examples = read_json(path)
+    if not isinstance(examples, list) or not examples:
+        raise InputError(f"{path}: expected a list of examples; run the stage that writes it again")
+    for index, example in enumerate(examples):
+        missing = [
+            key for key in ("id", "prompt", "response_tokens", "labels", "gold", "rewards") if key not in example
+        ]
+        if missing:
+            raise InputError(f"{path}: example {index}: {missing[0]} is missing; found {_join(example)}")
+        length = len(example["response_tokens"])
+        for key in ("labels", "gold", "rewards"):
+            if len(example[key]) != length:
+                raise InputError(f"{path}: example {index}: {length} tokens but {len(example[key])} {key}")
+    return examples
+
+
+def _grid(
+    cells: dict[tuple[int, str], list[float]], seeds: list[int], names: list[str], path: Path, writer: str
+) -> Grid:
+    import numpy as np
+
+    items = [item for seed, item in cells if seed == seeds[0]]
+    for seed in seeds:
+        others = {item for other, item in cells if other == seed}
+        if others != set(items):
+            odd = sorted(others ^ set(items))[0]
+            raise InputError(
+                f"{path}: seeds {seeds[0]} and {seed} do not have the same ids (for example {odd!r}); "
+                f"run {writer} again"
+            )
+    block = np.array([[cells[seed, item] for item in items] for seed in seeds], dtype=np.float64)
+    return Grid(list(seeds), items, {name: block[:, :, index] for index, name in enumerate(names)})
+
+
+def _seed(text: str, path: Path, line: int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{path}:{line}: seed: expected an integer, found {text!r}; run the stage again") from None
+
+
+def _bool_or_number(text: str, path: Path, line: int, column: str) -> float:
+    # A truth value is written as True/False by Python's csv and as true/false by others; both mean 1/0.
+    truth = {"true": 1.0, "false": 0.0}.get(text.lower())
+    return number(text, path, line, column) if truth is None else truth
+
+
+def _join(values: object) -> str:
+    return " ".join(str(value) for value in values) or "none"

@@ -1,0 +1,222 @@
+"""The paper: gather every table, figure and number under ``paper/`` and compile ``paper/main.typ`` with typst.
+
+The text holds no number of ours. It reads ``paper/generated/numbers.json``, which this file writes from the built
+tables, the profile and the samples; the compiler sees nothing outside ``paper/`` and uses only its own fonts, so the
+same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fgalign.config import DEFAULT_PROFILE, Profile, known_profiles, load_profile
+from fgalign.errors import FgalignError, InputError
+from fgalign.io import atomic_dir, atomic_file, read_json, write_json
+from fgalign.report.cells import Cell, display, layout, read_table, row_label
+from fgalign.report.config import report_config
+from fgalign.report.figures import FIGURES, figure_paths
+from fgalign.report.reported import FIGA_ROW, FIGA_SOURCE, REPORTED, verdict
+from fgalign.report.style import METHODS, method_style, metric_style
+from fgalign.report.tables import TABLES, table_paths
+
+HUMAN = "human"
+MINUS = "−"
+
+
+def paper_inputs(root: Path) -> list[Path]:
+    """The files that ``build_paper`` reads: the source, tables, figures and samples of the default profile; and of
+    the human profile those tables and figures that exist."""
+    profile = load_profile(DEFAULT_PROFILE, root)
+    paths = [root / "paper" / "main.typ", profile.file, profile.results / "samples.json"]
+    paths += [path for name in TABLES for path in table_paths(profile, name)]
+    paths += [path for name in FIGURES for path in figure_paths(profile, name)]
+    human = _human(root)
+    if human:
+        paths += [human.file, *(path for _, path in _built_tables(human)), *_built_figures(human)]
+    return paths
+
+
+def paper_outputs(root: Path) -> list[Path]:
+    """What ``build_paper`` writes: three folders, replaced as a whole, and the PDF."""
+    paper = root / "paper"
+    return [paper / "generated", paper / "tables", paper / "figures", paper / "main.pdf"]
+
+
+def build_paper(root: Path) -> list[Path]:
+    """Build ``paper/main.pdf`` and the folders it reads; returns the paths written.
+
+    Raises:
+        InputError: a table, a figure or the samples of the default profile are missing.
+        FgalignError: the text does not compile (the message is the compiler's).
+    """
+    profile, human = load_profile(DEFAULT_PROFILE, root), _human(root)
+    missing = [path for path in paper_inputs(root) if not path.exists()]
+    if missing:
+        raise InputError(
+            f"{missing[0]}: no such file, and the paper needs it; run `dvc repro` (or `fgalign table|figure`)"
+        )
+    numbers = paper_numbers(profile, human)
+    generated, tables, figures, pdf = paper_outputs(root)
+    with atomic_dir(generated) as folder:
+        write_json(folder / "numbers.json", numbers)
+    with atomic_dir(tables) as folder:
+        for name in TABLES:
+            _copy(table_paths(profile, name)[1], folder)
+    with atomic_dir(figures) as folder:
+        for name in FIGURES:
+            for path in figure_paths(profile, name):
+                _copy(path, folder)
+        for path in _built_figures(human) if human else []:
+            _copy(path, folder, f"{HUMAN}_{path.name}")
+    data = compile_typst(root / "paper" / "main.typ")
+    with atomic_file(pdf, "wb") as file:
+        file.write(data)
+    return [generated, tables, figures, pdf]
+
+
+def compile_typst(source: Path, **options: Any) -> bytes | list[bytes]:
+    """Compile a typst file that reads only files beside or below it; bytes of the PDF, or what ``options`` ask for."""
+    import typst
+
+    try:
+        return typst.compile(source, root=source.parent, ignore_system_fonts=True, timestamp=0, **options)
+    except typst.TypstError as error:
+        raise FgalignError(f"{source}: typst: {error}") from error
+
+
+def paper_numbers(profile: Profile, human: Profile | None) -> dict[str, Any]:
+    """All that the paper prints, as JSON: texts ready to show, not floats."""
+    main = _profile_numbers(profile, dict.fromkeys(TABLES))
+    return {
+        "main": main,
+        "human": _profile_numbers(human, dict(_built_tables(human))) if human else None,
+        "comparisons": _comparisons(profile),
+        "published_figa_row": {"source": FIGA_SOURCE, "cells": [list(item) for item in FIGA_ROW.items()]},
+        "sample": _sample(profile),
+        "settings": _flatten({key: value for key, value in profile.params.items() if key != "report"}),
+    }
+
+
+def _profile_numbers(profile: Profile, names: dict[str, Any]) -> dict[str, Any]:
+    config = report_config(profile)
+    tables = {name: read_table(table_paths(profile, name)[0]) for name in names}
+    return {
+        "name": profile.name,
+        "seeds": len(profile.seeds),
+        "budget_note": config.budget_note,
+        "judge_title": config.judge_title,
+        "tables": {name: _shown(name, cells) for name, cells in tables.items()},
+        "missing_tables": [TABLES[name].title for name in TABLES if name not in names],
+        "figures": [name for name in FIGURES if all(path.exists() for path in figure_paths(profile, name))],
+        "values": {name: _values(cells) for name, cells in tables.items()},
+    }
+
+
+def _shown(name: str, cells: list[Cell]) -> dict[str, Any]:
+    """A table for typst: blocks of rows of cells, the verdict beside each published number."""
+    spec = TABLES[name]
+    blocks = []
+    for block in layout(cells, spec.block_of):
+        rows = []
+        for method, shown in block.rows:
+            row = []
+            for metric, cell in zip(block.metrics, shown, strict=True):
+                row.append({"value": cell.value, "interval": cell.interval, "reported": cell.reported})
+                if cell.reported:
+                    row[-1]["verdict"] = _verdict(name, cells, method, metric)
+            colour = method_style(method).colour if method in METHODS or ":" not in method else None
+            rows.append({"label": row_label(method), "colour": colour, "cells": row})
+        blocks.append({"title": block.title, "header": list(block.header), "rows": rows})
+    return {"title": spec.title, "blocks": blocks}
+
+
+def _values(cells: list[Cell]) -> dict[str, dict[str, dict[str, str]]]:
+    """``method -> metric -> {value, interval, unit}`` for single numbers in the text."""
+    values: dict[str, dict[str, dict[str, str]]] = {}
+    for cell in cells:
+        shown = display(cell)
+        entry = {"value": shown.value, "interval": shown.interval, "unit": metric_style(cell.metric).unit}
+        values.setdefault(cell.method, {})[cell.metric] = entry
+    return values
+
+
+def _comparisons(profile: Profile) -> dict[str, dict[str, str]]:
+    """Each published number beside ours, with the computed verdict; keys are ``table.method.metric``."""
+    rows = {}
+    for (table, method, metric), reported in REPORTED.items():
+        cells = read_table(table_paths(profile, table)[0])
+        for cell in cells:
+            if (cell.method, cell.metric) == (method, metric):
+                shown = display(cell)
+                size = ""
+                if reported.comparable and cell.low is not None and cell.high is not None:
+                    inside = cell.low <= reported.value <= cell.high
+                    size = "inside our interval" if inside else "outside our interval"
+                rows[f"{table}.{method}.{metric}"] = {
+                    "what": f"{row_label(method)}: {metric_style(metric).title}",
+                    "reported": shown.reported,
+                    "source": f"{reported.source}: {reported.note}",
+                    "ours": shown.value,
+                    "interval": shown.interval,
+                    "verdict": verdict(reported, cell),
+                    "size": size,
+                }
+    return rows
+
+
+def _verdict(table: str, cells: list[Cell], method: str, metric: str) -> str:
+    cell = next(cell for cell in cells if (cell.method, cell.metric) == (method, metric))
+    return verdict(REPORTED[table, method, metric], cell)
+
+
+def _sample(profile: Profile) -> dict[str, Any]:
+    """The first sample: prompt, reference and each method's response with its score."""
+    path = profile.results / "samples.json"
+    samples = read_json(path)
+    if not isinstance(samples, list) or not samples:
+        raise InputError(f"{path}: expected a list of samples; run the stage that judges the methods again")
+    sample = samples[0]
+    absent = [key for key in ("id", "prompt", "reference", "responses", "scores") if key not in sample]
+    if absent:
+        raise InputError(f"{path}: the first sample has no {absent[0]!r}; found {', '.join(sample)}")
+    methods = [method for method in report_config(profile).judged_methods if method in sample["responses"]]
+    responses = [
+        {
+            "label": row_label(method),
+            "text": sample["responses"][method],
+            "score": f"{sample['scores'][method]:.2f}".replace("-", MINUS),
+        }
+        for method in methods
+    ]
+    return {**{key: sample[key] for key in ("id", "prompt", "reference")}, "responses": responses}
+
+
+def _flatten(value: Any, prefix: str = "") -> list[list[str]]:
+    """Parameters as (dotted key, value) pairs, in the order of the file."""
+    if isinstance(value, dict):
+        return [
+            pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [[prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value)]]
+
+
+def _human(root: Path) -> Profile | None:
+    """The human profile, if it is configured and at least one of its tables was built."""
+    if HUMAN not in known_profiles(root):
+        return None
+    profile = load_profile(HUMAN, root)
+    return profile if _built_tables(profile) else None
+
+
+def _built_tables(profile: Profile) -> list[tuple[str, Path]]:
+    paths = [(name, table_paths(profile, name)[0]) for name in TABLES]
+    return [(name, path) for name, path in paths if path.exists()]
+
+
+def _built_figures(profile: Profile) -> list[Path]:
+    return [path for name in FIGURES for path in figure_paths(profile, name) if path.exists()]
+
+
+def _copy(source: Path, folder: Path, name: str | None = None) -> None:
+    (folder / (name or source.name)).write_bytes(source.read_bytes())

@@ -1,0 +1,163 @@
+"""Training reward models: sequence level through TRL's RewardTrainer, token level through transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from fgalign.config import Section
+from fgalign.context import Context
+from fgalign.errors import InputError
+from fgalign.losses.token_reward import IGNORE, inverse_frequency_weights, three_class_loss
+from fgalign.modeling import load_sequence_reward_model, load_token_reward_model, save_model
+from fgalign.schema import LabelledPair
+from fgalign.tensor_ops import pad
+from fgalign.tokens import encode_prompt, encode_response
+from fgalign.training import OptimConfig, ProgressCallback, peft_config, trainer_arguments
+
+
+class RewardSection(Section):
+    """A reward model's stage; all start from ``start`` (``base`` or ``sft``), with a new head."""
+
+    start: Literal["base", "sft"] = "sft"
+    optim: OptimConfig
+    max_length: int = 128
+
+
+class TokenRewardSection(RewardSection):
+    """The token-level model: three-class cross-entropy, classes weighted by frequency ** -``class_weight_power``."""
+
+    class_weight_power: float = 0.5
+
+
+def preference_rows(tokenizer: Any, triples: Sequence[tuple[str, str, str]]) -> list[dict[str, list[int]]]:
+    """(prompt, better, worse) texts to TRL's columns ``chosen_ids`` and ``rejected_ids``."""
+    return [
+        {
+            "chosen_ids": encode_prompt(tokenizer, prompt) + encode_response(tokenizer, better),
+            "rejected_ids": encode_prompt(tokenizer, prompt) + encode_response(tokenizer, worse),
+        }
+        for prompt, better, worse in triples
+    ]
+
+
+def train_sequence_model(context: Context, config: RewardSection, rows: list[dict[str, list[int]]]) -> None:
+    """Train a sequence-level reward model (Bradley-Terry loss) on pairs and save it.
+
+    Raises:
+        InputError: a response with its prompt is longer than ``max_length``.
+    """
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    _check_lengths((ids for row in rows for ids in row.values()), config.max_length)
+    model = load_sequence_reward_model(context.model(config.start), context.device, num_labels=1)
+    trainer = RewardTrainer(
+        model,
+        args=RewardConfig(**_arguments(context, config.optim), max_length=config.max_length),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=context.tokenizer,
+        peft_config=peft_config(config.optim, "SEQ_CLS"),
+        callbacks=[_progress(context)],
+    )
+    trainer.train()
+    save_model(trainer.model, context.tokenizer, context.out)
+
+
+class TokenRewardCollator:
+    """Labelled pairs to one batch of 2B rows: ``input_ids``, ``attention_mask`` and ``labels`` (2B, L), where labels
+    are -1, 0 or 1 at response tokens and IGNORE elsewhere."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collate: revised responses first, then initial ones."""
+        ids, labels = [], []
+        for side in ("revised", "initial"):
+            for example in examples:
+                ids.append([*example["prompt_ids"], *example[f"{side}_ids"]])
+                labels.append([IGNORE] * len(example["prompt_ids"]) + list(example[f"{side}_labels"]))
+        return {
+            "input_ids": pad(ids, self.pad_token_id, side="right"),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0, side="right"),
+            "labels": pad(labels, IGNORE, side="right"),
+        }
+
+
+class TokenRewardTrainer(Trainer):
+    """Trains a token-classification model with three labels on labelled pairs (columns of ``LabelledPair``)."""
+
+    def __init__(self, *args: Any, class_weights: Tensor | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.class_weights = class_weights
+        # Each micro-batch gives a mean, so the parent divides by the accumulation.
+        self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Weighted three-class cross-entropy of a batch."""
+        labels = inputs["labels"]
+        output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        weights = None if self.class_weights is None else self.class_weights.to(labels.device)
+        loss = three_class_loss(output.logits, labels, weights)
+        return (loss, output) if return_outputs else loss
+
+
+def class_counts(pairs: Sequence[LabelledPair]) -> Tensor:
+    """Tokens labelled bad, neutral and good over both sides: (3,)."""
+    bad = -sum(sum(pair.initial_labels) for pair in pairs)
+    good = sum(sum(pair.revised_labels) for pair in pairs)
+    total = sum(len(pair.initial_ids) + len(pair.revised_ids) for pair in pairs)
+    return torch.tensor([bad, total - bad - good, good])
+
+
+def train_token_model(context: Context, config: TokenRewardSection, pairs: list[LabelledPair]) -> None:
+    """Train the token-level reward model on labelled pairs and save it."""
+    from datasets import Dataset
+
+    _check_lengths(
+        (pair.prompt_ids + ids for pair in pairs for ids in (pair.initial_ids, pair.revised_ids)), config.max_length
+    )
+    model = load_token_reward_model(context.model(config.start), context.device, num_labels=3)
+    lora = peft_config(config.optim, "TOKEN_CLS")
+    if lora is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, lora)
+    trainer = TokenRewardTrainer(
+        model,
+        class_weights=inverse_frequency_weights(class_counts(pairs), config.class_weight_power),
+        args=TrainingArguments(**_arguments(context, config.optim)),
+        data_collator=TokenRewardCollator(context.tokenizer.pad_token_id),
+        train_dataset=Dataset.from_list([pair.model_dump() for pair in pairs]),
+        processing_class=context.tokenizer,
+        callbacks=[_progress(context)],
+    )
+    trainer.train()
+    save_model(trainer.model, context.tokenizer, context.out)
+
+
+def _arguments(context: Context, optim: OptimConfig) -> dict[str, Any]:
+    return trainer_arguments(
+        optim, output_dir=Path(context.out), seed=context.seed, device=context.device.type, bf16=context.bf16
+    )
+
+
+def _progress(context: Context) -> ProgressCallback:
+    return ProgressCallback(context.run, f"{context.stage} seed {context.seed}")
+
+
+def _check_lengths(rows: Any, max_length: int) -> None:
+    longest = max(len(row) for row in rows)
+    if longest > max_length:
+        raise InputError(
+            f"reward model: a prompt with its response has {longest} tokens, more than max_length {max_length}"
+        )

@@ -1,0 +1,69 @@
+"""Stages before any model: raw data, minimal edits, token labels."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict
+
+from fgalign.annotate import get_annotator
+from fgalign.config import Profile, Section, parse_section
+from fgalign.errors import InputError
+from fgalign.io import atomic_dir, write_json
+from fgalign.labels import LabelConfig, label_edits, label_statistics
+from fgalign.raw_data import read_split, write_raw
+from fgalign.schema import SPLITS, Edit, read_records, write_records
+from fgalign.sources import get_source
+
+
+class NamedSection(Section):
+    """A section that names a source or an annotator; its other keys are that one's own configuration."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+
+def run_raw(profile: Profile) -> None:
+    """raw: the source writes ``data/<profile>/raw`` (for training) and ``data/<profile>/gold`` (evaluation only)."""
+    name, options = _named(profile, "source")
+    source = get_source(name)
+    data = source.build(parse_section(options, source.config, f"{profile.file}: source"), profile.root)
+    with atomic_dir(profile.data / "raw") as raw, atomic_dir(profile.data / "gold") as gold:
+        write_raw(data, raw, gold)
+    for split in SPLITS:
+        part = data.splits[split]
+        counts = {kind: len(records) for kind, records in vars(part).items() if records}
+        print(f"{split}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+
+
+def run_edits(profile: Profile) -> None:
+    """edits: the annotator minimally edits responses; ``data/<profile>/edits/<split>.jsonl``."""
+    name, options = _named(profile, "annotator")
+    annotator = get_annotator(name)
+    config = parse_section(options, annotator.config, f"{profile.file}: annotator")
+    with atomic_dir(profile.data / "edits") as folder:
+        for split in SPLITS:
+            edits = annotator.annotate(read_split(profile.data / "raw" / split), config, split)
+            if not edits:
+                raise InputError(f"edits: the annotator {name!r} made none for the {split} split; check its section")
+            write_records(folder / f"{split}.jsonl", edits)
+            print(f"{split}: {len(edits)} edits")
+
+
+def run_labels(profile: Profile) -> None:
+    """labels: token labels of the training and validation edits, and statistics of all three splits' labels."""
+    from fgalign.modeling import load_tokenizer
+
+    config = profile.section("labels", LabelConfig)
+    tokenizer = load_tokenizer(profile.data / "models" / "base")
+    statistics = {}
+    with atomic_dir(profile.data / "labels") as folder:
+        for split in ("train", "validation"):
+            pairs = label_edits(tokenizer, read_records(profile.data / "edits" / f"{split}.jsonl", Edit), config)
+            write_records(folder / f"{split}.jsonl", pairs)
+            statistics[split] = label_statistics(pairs)
+            print(f"{split}: " + ", ".join(f"{name} {value:.3g}" for name, value in statistics[split].items()))
+    write_json(profile.results / "metrics" / "label_statistics.json", statistics)
+
+
+def _named(profile: Profile, key: str) -> tuple[str, dict]:
+    section = profile.section(key, NamedSection)
+    return section.name, section.model_extra or {}

@@ -1,0 +1,370 @@
+"""Evaluation stages, the only ones that open the test split and the truth."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fgalign.config import Profile, Section
+from fgalign.evaluation.truth import read_truth
+from fgalign.errors import InputError
+from fgalign.io import atomic_file, write_json
+from fgalign.raw_data import read_split
+from fgalign.schema import CurveSample, Edit, GoldMarks, Reference, Sample, read_records, write_records
+from fgalign.tracking import track
+
+REWARD_MODELS = ("rm_preference", "rm_edit", "rm_token")
+
+
+class EvaluationConfig(Section):
+    """How methods are compared: sampling, the judge, how many examples are shown."""
+
+    judge: str
+    temperature: float = 1.0
+    response_length: int = 48
+    batch_size: int = 100
+    prompts: int | None = None
+    """The first so many test prompts (None: all)."""
+    examples: int = 4
+    seed: int = 0
+    """Of sampling; added to a method's seed."""
+
+
+def run_generate(profile: Profile, method: str) -> None:
+    """generate: every seed's policy answers the test prompts; ``data/<profile>/samples/<method>.jsonl``.
+
+    Each response comes with its KL to the SFT policy of the same seed and its score under the three reward models of
+    the same seed.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from fgalign.modeling import RuntimeConfig, load_causal_lm, load_tokenizer, set_up, use_bf16
+    from fgalign.rewards import load_reward, response_scores
+    from fgalign.rollout import response_logps, sample_all, uniforms
+    from fgalign.tensor_ops import masked_sum
+    from fgalign.tokens import decode_response, encode_prompt
+
+    config = profile.section("evaluation", EvaluationConfig)
+    runtime = profile.section("runtime", RuntimeConfig)
+    device = set_up(runtime)
+    tokenizer = load_tokenizer(profile.model_folder("base"))
+    references = test_references(profile)[: config.prompts]
+    prompts = [encode_prompt(tokenizer, record.prompt) for record in references]
+    samples: list[Sample] = []
+    with (
+        tqdm(total=len(prompts) * len(profile.seeds), desc=f"generate {method}", unit="answer", mininterval=1.0) as bar,
+        track(profile, f"generate@{method}", None, config.model_dump()) as run,
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(runtime, device)),
+    ):
+        for seed in profile.seeds:
+            policy = load_causal_lm(profile.model_folder(method, seed), device).eval()
+            reference = load_causal_lm(profile.model_folder("sft", seed), device).eval()
+            rewards = {name: load_reward(name, profile.model_folder(name, seed), device) for name in REWARD_MODELS}
+            generator = torch.Generator().manual_seed(config.seed + seed)
+            batches = sample_all(
+                policy,
+                prompts,
+                uniforms(len(prompts), config.response_length, generator),
+                batch_size=config.batch_size,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                temperature=config.temperature,
+                progress=bar.update,
+            )
+            records = iter(references)
+            for rollout in batches:
+                mask = rollout.response_mask
+                kl = masked_sum(response_logps(policy, rollout) - response_logps(reference, rollout), mask, 1).tolist()
+                scores = {name: response_scores(reward(rollout), mask).tolist() for name, reward in rewards.items()}
+                for row, ids in enumerate(rollout.response_lists()):
+                    record = next(records)
+                    samples.append(
+                        Sample(
+                            id=record.id,
+                            seed=seed,
+                            prompt=record.prompt,
+                            response=decode_response(tokenizer, ids),
+                            tokens=len(ids),
+                            truncated=bool(rollout.truncated[row]),
+                            kl=round(kl[row], 6),
+                            rewards={name: round(values[row], 6) for name, values in scores.items()},
+                        )
+                    )
+        run.log({"responses": len(samples), "tokens": sum(sample.tokens for sample in samples)})
+    write_records(profile.data / "samples" / f"{method}.jsonl", samples)
+
+
+def run_judge(profile: Profile, method: str) -> None:
+    """judge: the judge scores the responses; ``results/<profile>/metrics/judged/<method>.csv``."""
+    from fgalign.evaluation.judges import get_judge, outcome
+
+    config = profile.section("evaluation", EvaluationConfig)
+    judge = get_judge(config.judge)
+    references = {record.id: record for record in read_truth(profile.data / "gold" / "test").references}
+    samples = read_records(profile.data / "samples" / f"{method}.jsonl", Sample)
+    baseline = {key: judge.score(record.prompt, record.reference, record.gold) for key, record in references.items()}
+    rows = []
+    for sample in samples:
+        record = references[sample.id]
+        score = judge.score(record.prompt, sample.response, record.gold)
+        rows.append(
+            {
+                "id": sample.id,
+                "seed": sample.seed,
+                "score": round(score, 6),
+                "reference_score": round(baseline[sample.id], 6),
+                "win": outcome(score, baseline[sample.id]),
+                "kl": sample.kl,
+                "tokens": sample.tokens,
+                "truncated": int(sample.truncated),
+                **{f"reward_{name}": value for name, value in sample.rewards.items()},
+            }
+        )
+    with track(profile, f"judge@{method}", None, {"judge": config.judge}) as run:
+        for name in ("score", "win", "kl", "tokens"):
+            run.log({name: sum(row[name] for row in rows) / len(rows)})
+    write_csv(profile.results / "metrics" / "judged" / f"{method}.csv", rows)
+
+
+def run_curves(profile: Profile, methods: Sequence[str]) -> None:
+    """curves: the judge scores what policies answered to validation prompts while they trained; ``curves.csv``."""
+    from fgalign.evaluation.judges import get_judge, outcome
+
+    config = profile.section("evaluation", EvaluationConfig)
+    judge = get_judge(config.judge)
+    references = {record.id: record for record in read_truth(profile.data / "gold" / "validation").references}
+    baseline = {key: judge.score(record.prompt, record.reference, record.gold) for key, record in references.items()}
+    rows = []
+    for method in methods:
+        for seed in profile.seeds:
+            samples = read_records(profile.model_folder(method, seed) / "rollouts.jsonl", CurveSample)
+            for update in sorted({sample.update for sample in samples}):
+                here = [sample for sample in samples if sample.update == update]
+                scores = [judge.score(s.prompt, s.response, references[s.id].gold) for s in here]
+                wins = [outcome(score, baseline[s.id]) for score, s in zip(scores, here, strict=True)]
+                rows.append(
+                    {
+                        "method": method,
+                        "seed": seed,
+                        "update": update,
+                        "response_tokens": here[0].response_tokens,
+                        "gradient_updates": here[0].gradient_updates,
+                        "score": round(sum(scores) / len(here), 6),
+                        "win": round(sum(wins) / len(here), 6),
+                        "kl": round(sum(s.kl for s in here) / len(here), 6),
+                        "reward": round(sum(s.reward for s in here) / len(here), 6),
+                    }
+                )
+    write_csv(profile.results / "metrics" / "curves.csv", rows)
+
+
+def run_label_quality(profile: Profile) -> None:
+    """label_quality: minimal-edit labels of the test edits' bad tokens against the truth; ``label_quality.json``."""
+    from fgalign.evaluation.labels import label_quality
+    from fgalign.labels import LabelConfig, label_edits
+    from fgalign.modeling import load_tokenizer
+
+    tokenizer = load_tokenizer(profile.model_folder("base"))
+    edits = read_records(profile.data / "edits" / "test.jsonl", Edit)
+    pairs = label_edits(tokenizer, edits, profile.section("labels", LabelConfig))
+    marks = _initial_marks(profile)
+    quality = label_quality(tokenizer, edits, pairs, marks)
+    with track(profile, "label_quality", None, {}) as run:
+        run.log({key: value for key, value in quality.items() if isinstance(value, float)})
+    write_json(profile.results / "metrics" / "label_quality.json", quality)
+
+
+def run_reward_models(profile: Profile) -> None:
+    """reward_models: accuracy of every reward model on held-out pairs, token metrics against the truth, rewards of
+    initial, revised and reference responses, examples for the picture."""
+
+    from fgalign.evaluation.labels import gold_tokens
+    from fgalign.evaluation.statistics import auroc, precision_recall
+    from fgalign.labels import LabelConfig, label_edit, label_edits
+    from fgalign.modeling import RuntimeConfig, load_tokenizer, set_up
+    from fgalign.rewards import LEVELS, load_reward
+    from fgalign.rewards.scoring import raw_rewards, score_responses
+    from fgalign.tokens import encode_prompt, encode_response
+
+    config = profile.section("evaluation", EvaluationConfig)
+    device = set_up(profile.section("runtime", RuntimeConfig))
+    tokenizer = load_tokenizer(profile.model_folder("base"))
+    preferences = read_split(profile.data / "raw" / "test").preferences
+    edits = read_records(profile.data / "edits" / "test.jsonl", Edit)
+    pairs = label_edits(tokenizer, edits, profile.section("labels", LabelConfig))
+    marks = _initial_marks(profile)
+    references = {record.prompt: record for record in read_truth(profile.data / "gold" / "test").references}
+    truth = [gold_tokens(tokenizer, edit.initial, marks[edit.id]) for edit in edits]
+    prompts = [pair.prompt_ids for pair in pairs]
+
+    def score(reward: Any, prompt_ids: Sequence, responses: Sequence) -> Any:
+        return score_responses(reward, prompt_ids, responses, tokenizer, config.batch_size, device)
+
+    metrics: list[dict[str, Any]] = []
+    figa: list[dict[str, Any]] = []
+    for seed in profile.seeds:
+        for name in REWARD_MODELS:
+            reward = load_reward(name, profile.model_folder(name, seed), device)
+            values: dict[str, float | None] = {}
+            with_prompts = [encode_prompt(tokenizer, record.prompt) for record in preferences]
+            chosen, rejected = (
+                score(reward, with_prompts, [encode_response(tokenizer, text) for text in texts])
+                for texts in ([r.chosen for r in preferences], [r.rejected for r in preferences])
+            )
+            values["accuracy_preference"] = accuracy(chosen, rejected)
+            revised = score(reward, prompts, [pair.revised_ids for pair in pairs])
+            initial = score(reward, prompts, [pair.initial_ids for pair in pairs])
+            values["accuracy_edit"] = accuracy(revised, initial)
+            if LEVELS[name] == "token":
+                batches = raw_rewards(
+                    reward, prompts, [p.initial_ids for p in pairs], tokenizer.pad_token_id, config.batch_size, device
+                )
+                rows = [
+                    row[mask].tolist()
+                    for rewards, rollout in batches
+                    for row, mask in zip(rewards, rollout.response_mask.cpu(), strict=True)
+                ]
+                # The end token belongs to no word, so it has no truth.
+                flat = [value for row in rows for value in row[:-1]]
+                bad = [flag for flags in truth for flag in flags[:-1]]
+                values["token_auroc"] = auroc([-value for value in flat], bad)
+                quality = precision_recall([value < 0 for value in flat], bad)
+                values["token_precision"], values["token_recall"] = quality.precision, quality.recall
+                if seed == profile.seeds[0]:
+                    write_json(
+                        profile.results / "metrics" / "token_examples.json",
+                        _examples(tokenizer, edits, pairs, truth, rows, config.examples),
+                    )
+            if name == "rm_preference":
+                for row, (edit, pair) in enumerate(zip(edits, pairs, strict=True)):
+                    figa += [
+                        _figa_row(edit.id, "initial", seed, initial[row], len(pair.initial_ids), 0),
+                        _figa_row(
+                            edit.id,
+                            "revised",
+                            seed,
+                            revised[row],
+                            len(pair.revised_ids),
+                            label_edit(pair.initial_ids, pair.revised_ids).distance,
+                        ),
+                    ]
+                with_reference = [
+                    (edit, pair, encode_response(tokenizer, references[edit.prompt].reference))
+                    for edit, pair in zip(edits, pairs, strict=True)
+                    if edit.prompt in references
+                ]
+                scores = score(
+                    reward, [p.prompt_ids for _, p, _ in with_reference], [ids for *_, ids in with_reference]
+                )
+                figa += [
+                    _figa_row(edit.id, "reference", seed, value, len(ids), label_edit(pair.initial_ids, ids).distance)
+                    for (edit, pair, ids), value in zip(with_reference, scores, strict=True)
+                ]
+            metrics += [
+                {"model": name, "metric": metric, "seed": seed, "value": round(value, 6)}
+                for metric, value in values.items()
+                if value is not None
+            ]
+            with track(profile, f"reward_models/{name}", seed, {}) as run:
+                run.log(values)
+    write_csv(profile.results / "metrics" / "reward_models.csv", metrics)
+    write_csv(profile.results / "metrics" / "figa_data.csv", figa)
+
+
+def run_samples(profile: Profile, methods: Sequence[str]) -> None:
+    """samples: a few test prompts with every method's answer (first seed) and its score; ``samples.json``."""
+    from fgalign.evaluation.judges import get_judge
+
+    config = profile.section("evaluation", EvaluationConfig)
+    judge = get_judge(config.judge)
+    references = test_references(profile)[: config.examples]
+    by_method = {
+        method: {
+            sample.id: sample.response
+            for sample in read_records(profile.data / "samples" / f"{method}.jsonl", Sample)
+            if sample.seed == profile.seeds[0]
+        }
+        for method in methods
+    }
+    write_json(
+        profile.results / "samples.json",
+        [
+            {
+                "id": record.id,
+                "prompt": record.prompt,
+                "reference": record.reference,
+                "responses": {method: answers[record.id] for method, answers in by_method.items()},
+                "scores": {
+                    method: round(judge.score(record.prompt, answers[record.id], record.gold), 6)
+                    for method, answers in by_method.items()
+                },
+            }
+            for record in references
+        ],
+    )
+
+
+def test_references(profile: Profile) -> list[Reference]:
+    """The reference of each prompt of the test split, in the order of the prompts.
+
+    Raises:
+        InputError: a prompt has none.
+    """
+    by_id = {record.id: record for record in read_truth(profile.data / "gold" / "test").references}
+    prompts = read_split(profile.data / "raw" / "test").prompts
+    missing = [record.id for record in prompts if record.id not in by_id]
+    if missing:
+        raise InputError(f"gold/test/references.jsonl: prompt {missing[0]!r} has no reference; make the raw data again")
+    return [by_id[record.id] for record in prompts]
+
+
+def accuracy(better: Any, worse: Any) -> float:
+    """Share of pairs in which the better response scores higher, ties half: (N,), (N,) to a number in 0..1."""
+    return float(((better > worse).double() + 0.5 * (better == worse).double()).mean())
+
+
+def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows with the columns of the first, atomically."""
+    rows = list(rows)
+    with atomic_file(path) as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _initial_marks(profile: Profile) -> dict[str, GoldMarks]:
+    marks = read_truth(profile.data / "gold" / "test").marks
+    return {mark.id: mark for mark in marks if mark.side == "initial"}
+
+
+def _figa_row(key: str, side: str, seed: int, reward: Any, tokens: int, distance: int) -> dict[str, Any]:
+    return {
+        "id": key,
+        "side": side,
+        "seed": seed,
+        "reward": round(float(reward), 6),
+        "tokens": tokens,
+        "edit_distance": distance,
+    }
+
+
+def _examples(
+    tokenizer: Any, edits: list[Edit], pairs: list, truth: list[list[bool]], rewards: list[list[float]], count: int
+) -> list[dict[str, Any]]:
+    from fgalign.tokens import token_texts
+
+    return [
+        {
+            "id": edits[row].id,
+            "prompt": edits[row].prompt,
+            "response_tokens": token_texts(tokenizer, pairs[row].initial_ids[:-1]),
+            "labels": pairs[row].initial_labels[:-1],
+            "gold": truth[row][:-1],
+            "rewards": [round(value, 4) for value in rewards[row][:-1]],
+        }
+        for row in range(min(count, len(edits)))
+    ]

@@ -1,0 +1,59 @@
+"""Text to token ids and back, the same way everywhere: a prompt is one user turn of the tokenizer's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fgalign.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt as one user turn, up to where the response begins (the generation prompt is included).
+
+    Raises:
+        InputError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r} has no chat template; expected one that renders a user turn: "
+            "set `tokenizer.chat_template` before saving the tokenizer"
+        )
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
+    """Token ids of a response with the end-of-sequence token at its end."""
+    return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of response ids, special tokens and outer white space dropped."""
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Text of each token for showing, white space kept; the texts joined give the response where tokens are whole
+    characters."""
+    return [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+
+
+def token_offsets(tokenizer: PreTrainedTokenizerBase, response: str) -> list[tuple[int, int]]:
+    """Character range (start, end) in ``response`` of each token of ``encode_response``; the end token's is empty."""
+    offsets = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [*(tuple(pair) for pair in offsets), (len(response), len(response))]
+
+
+def check_budget(prompt_ids: Sequence[int], response_tokens: int, max_length: int, where: str) -> None:
+    """Raise InputError unless a prompt leaves room for ``response_tokens`` tokens within ``max_length``."""
+    if len(prompt_ids) + response_tokens > max_length:
+        raise InputError(
+            f"{where}: the prompt has {len(prompt_ids)} tokens and leaves no room for {response_tokens} response "
+            f"tokens within max_length {max_length}; shorten the prompt (the source's budget) or raise max_length"
+        )

@@ -1,0 +1,117 @@
+"""The checker's verdicts, worked by hand, and the script against a small git repository."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+import synthetic_metrics as made_up
+
+from fgalign.report.cells import Cell, cells_to_csv
+from fgalign.report.check import compare_cells, format_report, passes
+
+ROOT = Path(__file__).resolve().parents[1]
+OLD = Cell("figa", "win_rate", 50.0, 45.0, 55.0, (1, 2, 3))
+
+
+def changed(**changes):
+    """OLD with some fields changed."""
+    return Cell(**{**OLD.__dict__, **changes})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (OLD, OLD, "exact"),
+        (OLD, changed(mean=50.00004), "exact"),  # four decimals are all that a table holds
+        (OLD, changed(mean=50.0001), "within"),
+        (OLD, changed(low=44.0), "within"),
+        (OLD, changed(mean=55.0), "within"),
+        (OLD, changed(mean=55.0002), "differs"),
+        (OLD, changed(mean=44.9), "differs"),
+        (OLD, changed(seeds=(1, 2)), "other seeds"),
+        (OLD, None, "only committed"),
+        (None, OLD, "only rebuilt"),
+        # No interval: the data alone decide, and a change is a difference.
+        (changed(low=None, high=None), changed(low=None, high=None), "exact"),
+        (changed(low=None, high=None), changed(mean=50.1, low=None, high=None), "differs"),
+        # A lower bound is open above.
+        (changed(high=None), changed(mean=99.0, high=None), "within"),
+        (changed(high=None), changed(mean=44.0, high=None), "differs"),
+        # A method that has no spread between its seeds allows none.
+        (changed(low=50.0, high=50.0), changed(mean=50.1, low=50.0, high=50.0), "differs"),
+    ],
+)
+def test_verdict(old, new, expected):
+    row = compare_cells("t", [old] if old else [], [new] if new else [])[0]
+    assert row.verdict == expected
+    assert passes([row]) == (expected in ("exact", "within"))
+
+
+def test_tolerance_is_half_the_committed_interval():
+    def tolerance(cell):
+        return compare_cells("t", [cell], [OLD])[0].tolerance
+
+    assert tolerance(OLD) == "5.0000"
+    assert tolerance(changed(high=None)) == "at least 45.0000"
+    assert tolerance(changed(low=None, high=None)) == "exact"
+
+
+def test_no_cells_do_not_pass():
+    assert not passes([])
+
+
+def test_report_lists_cells_and_counts():
+    rows = compare_cells("t", [OLD, changed(metric="kl")], [changed(mean=51.0), changed(metric="tokens")])
+    text = format_report(rows, ["t"])
+    assert [row.verdict for row in rows] == ["within", "only committed", "only rebuilt"]
+    assert "DIFFERENT: 3 cells of t: 0 exact, 1 within, 0 differs, 1 only committed, 1 only rebuilt" in text
+    line = next(line for line in text.splitlines() if "win_rate" in line)
+    assert line.split() == ["t", "figa", "win_rate", "50.0000", "51.0000", "5.0000", "within"]
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A git repository with one committed table of one profile."""
+    profile = made_up.write_profile(tmp_path)
+    path = profile.results / "tables" / "figa_main.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text(cells_to_csv([OLD]))
+    git = ["git", "-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "results"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    return path
+
+
+@pytest.fixture
+def check(repository, monkeypatch):
+    """The script's main, run inside the repository."""
+    monkeypatch.chdir(repository.parents[3])
+    spec = importlib.util.spec_from_file_location("check_script", ROOT / "reproduce" / "check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_script_compares_with_the_commit(repository, check, capsys):
+    assert check([]) == 0
+    assert "OK: 1 cells of figa_main: 1 exact, 0 within, 0 differs" in capsys.readouterr().out
+    repository.write_text(cells_to_csv([changed(mean=52.0)]))
+    assert check(["--table", "figa_main"]) == 0
+    repository.write_text(cells_to_csv([changed(mean=60.0)]))
+    assert check(["--table", "figa_main", "--against", "HEAD", "--profile", "mini"]) == 1
+    assert "differs" in capsys.readouterr().out
+
+
+def test_script_fails_on_a_table_that_was_not_rebuilt_or_never_committed(repository, check, capsys):
+    repository.unlink()
+    assert check([]) == 2
+    assert "no such table; run `fgalign table figa_main`" in capsys.readouterr().err
+    (repository.parent / "labels.csv").write_text(cells_to_csv([OLD]))
+    assert check(["--table", "labels"]) == 2
+    assert "git show HEAD:results/mini/tables/labels.csv" in capsys.readouterr().err
+    assert check(["--table", "nonsense"]) == 2
+    assert "unknown table 'nonsense'" in capsys.readouterr().err
+    assert check(["--against", "no-such-ref"]) == 2

@@ -1,0 +1,196 @@
+"""Profiles: found, parsed, refused with file and key; and every field of every config is read somewhere."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fgalign
+from fgalign.config import (
+    ConfigError,
+    Profile,
+    Section,
+    find_root,
+    known_profiles,
+    load_profile,
+    parse_section,
+)
+
+SOURCE = Path(fgalign.__file__).parent
+
+
+class Inner(Section):
+    rate: float = 0.5
+
+
+class Outer(Section):
+    name: str
+    count: int = 3
+    inner: Inner | None = Inner()
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "src" / "fgalign").mkdir(parents=True)
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / "params.yaml").write_text("profile: mini\nseeds: [1, 2]\nouter: {name: x, inner: {rate: 1}}\n")
+    other = tmp_path / "reproduce" / "profiles" / "human"
+    other.mkdir(parents=True)
+    (other / "params.yaml").write_text("profile: human\nseeds: [7]\n")
+    return tmp_path
+
+
+def test_load(root, monkeypatch):
+    monkeypatch.delenv("FGALIGN_PROFILE", raising=False)
+    mini = load_profile(root=root)
+    assert (mini.name, mini.seeds, mini.file) == ("mini", [1, 2], root / "params.yaml")
+    assert (mini.data, mini.results) == (root / "data" / "mini", root / "results" / "mini")
+    assert mini.section("outer", Outer) == Outer(name="x", count=3, inner=Inner(rate=1.0))
+    assert load_profile("human", root).seeds == [7]
+    monkeypatch.setenv("FGALIGN_PROFILE", "human")
+    assert load_profile(root=root).name == "human"
+    assert load_profile("mini", root=root).name == "mini"
+    assert known_profiles(root) == ["mini", "human"]
+
+
+def test_root(root, tmp_path_factory):
+    assert find_root(root / "src" / "fgalign") == root
+    outside = tmp_path_factory.mktemp("outside")
+    with pytest.raises(ConfigError, match="not inside the fgalign repository"):
+        find_root(outside)
+
+
+def test_unknown_profile(root):
+    with pytest.raises(ConfigError, match="unknown profile 'maxi'; expected one of mini, human"):
+        load_profile("maxi", root)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("profile: [", r"params\.yaml: not YAML: "),
+        ("profile: human", r"params\.yaml: profile: expected 'mini', found 'human'"),
+        ("- 1", r"params\.yaml: profile: expected 'mini', found \[1\]"),
+    ],
+)
+def test_bad_file(root, text, message):
+    (root / "params.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_profile("mini", root)
+
+
+def test_missing_section(root):
+    with pytest.raises(ConfigError, match=r"params\.yaml: section `sft` is missing; expected name, count, inner"):
+        load_profile("mini", root).section("sft", Outer)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"name": "x", "cuont": 4}, r"^here\.cuont: .*found 4; known keys: name, count, inner$"),
+        ({"name": "x", "inner": {"rat": 4}}, r"^here\.inner\.rat: .*found 4; known keys: rate$"),
+        ({"name": "x", "count": "many"}, r"^here\.count: .*integer.*found 'many'$"),
+        ({"count": 1}, r"^here\.name: Field required$"),
+        ([1], r"^here\.\(section\): .*found \[1\]$"),
+    ],
+)
+def test_bad_section(value, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_section(value, Outer, "here")
+
+
+@pytest.mark.parametrize("seeds", [None, [], [1, 1], "1", 3, ["a"], [True], [1.5], [[1]]])
+def test_bad_seeds(tmp_path, seeds):
+    profile = Profile("mini", tmp_path, {"seeds": seeds}, tmp_path / "params.yaml")
+    with pytest.raises(ConfigError, match=r"params\.yaml: seeds: expected a list of different integers, found "):
+        _ = profile.seeds
+
+
+# --- every field of every config is read ------------------------------------------------------------------------------
+
+CONFIGS = {"Section", "FineGrainedPPOConfig", "FIGAConfig"}
+EXCEPTIONS = {
+    "FIGAConfig.remove_unused_columns": "transformers' Trainer reads it",
+    "Questions.validation": "read by the split's name, in split_questions",
+    "Questions.test": "read by the split's name, in split_questions",
+}
+"""``Class.field`` of fields that are nowhere an attribute access in the package, each with its reason."""
+
+
+def config_classes(tree: ast.Module) -> list[ast.ClassDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+def unread_fields(sources: dict[str, str]) -> set[str]:
+    """``Class.field`` of config fields whose name is nowhere an attribute access outside their class's definition.
+
+    Configs are the classes named in CONFIGS and all that inherit from ``Section``, directly or not.
+    """
+    trees = {path: ast.parse(text) for path, text in sources.items()}
+    classes = [(path, node) for path, tree in trees.items() for node in config_classes(tree)]
+    sections = set(CONFIGS)
+    while True:
+        more = {
+            node.name
+            for _, node in classes
+            if node.name not in sections and any(ast.unparse(base).split(".")[-1] in sections for base in node.bases)
+        }
+        if not more:
+            break
+        sections |= more
+    reads: dict[str, list[tuple[str, int]]] = {}
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                reads.setdefault(node.attr, []).append((path, node.lineno))
+    unread = set()
+    for path, node in classes:
+        if node.name not in sections:
+            continue
+        for item in node.body:
+            if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
+                continue
+            outside = [
+                where
+                for where in reads.get(item.target.id, [])
+                if not (where[0] == path and node.lineno <= where[1] <= node.end_lineno)
+            ]
+            if not outside:
+                unread.add(f"{node.name}.{item.target.id}")
+    return unread
+
+
+def package() -> dict[str, str]:
+    return {str(path.relative_to(SOURCE)): path.read_text("utf-8") for path in SOURCE.rglob("*.py")}
+
+
+def test_every_config_field_is_read():
+    assert unread_fields(package()) == set(EXCEPTIONS)
+
+
+def test_the_check_sees_a_field_that_nothing_reads():
+    text = """
+class Mine(Section):
+    read: int = 1
+    unread: int = 2
+    own: int = 3
+    written: int = 4
+
+    def method(self):
+        return self.own
+
+class Child(Mine):
+    late: int = 5
+
+def use(config):
+    config.written = 3
+    return config.read
+"""
+    assert unread_fields({"a.py": text}) == {"Mine.unread", "Mine.own", "Mine.written", "Child.late"}
+
+
+def test_the_check_finds_the_configs():
+    names = {node.name for text in package().values() for node in config_classes(ast.parse(text))}
+    assert CONFIGS <= names

@@ -1,0 +1,209 @@
+"""The pipeline as DVC sees it: what stages depend on, what training may open, and the whole graph run for real."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+# What a stage's numbers cannot depend on: messages, tracking, the command line, how files are written.
+NOT_DEPENDENCIES = {"fgalign", "fgalign.errors", "fgalign.tracking", "fgalign.cli", "fgalign.io", "fgalign.config"}
+STAGE_FUNCTIONS = {
+    "raw": ("data", "run_raw"),
+    "edits": ("data", "run_edits"),
+    "labels": ("data", "run_labels"),
+    "base": ("train", "run_base"),
+    "sft": ("train", "run_sft"),
+    "rm_preference": ("train", "run_reward_model"),
+    "rm_edit": ("train", "run_reward_model"),
+    "rm_token": ("train", "run_reward_model"),
+    "align": ("train", "run_align"),
+    "generate_start": ("evaluate", "run_generate"),
+    "generate": ("evaluate", "run_generate"),
+    "judge_start": ("evaluate", "run_judge"),
+    "judge": ("evaluate", "run_judge"),
+    "label_quality": ("evaluate", "run_label_quality"),
+    "reward_models": ("evaluate", "run_reward_models"),
+    "curves": ("evaluate", "run_curves"),
+    "samples": ("evaluate", "run_samples"),
+}
+TRAINING = ("base", "sft", "rm_preference", "rm_edit", "rm_token", "align")
+
+
+def module_file(name: str) -> Path | None:
+    path = ROOT / "src" / name.replace(".", "/")
+    for candidate in (path / "__init__.py", path.with_suffix(".py")):
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def imports(node: ast.AST) -> set[str]:
+    found = set()
+    for item in ast.walk(node):
+        if isinstance(item, ast.ImportFrom) and item.module and item.module.split(".")[0] == "fgalign":
+            found.add(item.module)
+            found |= {name for alias in item.names if module_file(name := f"{item.module}.{alias.name}")}
+    return found
+
+
+def closure(roots: set[str]) -> set[str]:
+    seen: set[str] = set()
+    todo = list(roots)
+    while todo:
+        name = todo.pop()
+        if name not in seen | NOT_DEPENDENCIES:
+            seen.add(name)
+            todo += imports(ast.parse(module_file(name).read_text(encoding="utf-8")))
+    return seen
+
+
+def code_of(module: str, function: str) -> set[str]:
+    """Files of the package that a stage's function can import, itself among them."""
+    tree = ast.parse(module_file(module).read_text(encoding="utf-8"))
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    roots = set().union(*(imports(node) for node in tree.body if not isinstance(node, ast.FunctionDef)))
+    todo, done = [function], set()
+    while todo:
+        name = todo.pop()
+        if name in functions and name not in done:
+            done.add(name)
+            roots |= imports(functions[name])
+            todo += [node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)]
+    files = {str(module_file(name).relative_to(ROOT)) for name in closure(roots - {module})}
+    return {*files, str(module_file(module).relative_to(ROOT))}
+
+
+def body(stage: str) -> dict:
+    entry = PIPELINE["stages"][stage]
+    return entry.get("do", entry)
+
+
+@pytest.mark.parametrize("stage", STAGE_FUNCTIONS)
+def test_a_stage_depends_on_the_code_it_runs(stage: str) -> None:
+    module, function = STAGE_FUNCTIONS[stage]
+    needed = code_of(f"fgalign.stages.{module}", function)
+    if stage == "align":
+        for name in ("figa", "ppo"):
+            needed |= {str(module_file(item).relative_to(ROOT)) for item in closure({f"fgalign.methods.{name}"})}
+        needed = {path for path in needed if not re.fullmatch(r"src/fgalign/methods/(?!__init__)\w+\.py", path)}
+        needed.add("src/fgalign/methods/${item.kind}.py")
+    declared = body(stage)["deps"]
+    missing = sorted(path for path in needed if not any(path == dep or path.startswith(f"{dep}/") for dep in declared))
+    assert not missing, f"dvc.yaml: stage {stage}: add to deps: {missing}"
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_training_depends_neither_on_the_truth_nor_on_the_test_split(stage: str) -> None:
+    inputs = [dep for dep in body(stage)["deps"] if not dep.startswith("src/")]
+    assert not [dep for dep in inputs if "/gold" in dep or "test" in dep]
+    # A whole folder of a data kind would hold the test split; labels hold none.
+    assert not {"data/${profile}/raw", "data/${profile}/edits"} & set(inputs)
+
+
+def test_every_stage_declares_inputs_that_some_stage_makes() -> None:
+    outs = [
+        out if isinstance(out, str) else next(iter(out)) for stage in PIPELINE["stages"] for out in body(stage)["outs"]
+    ]
+    for stage in PIPELINE["stages"]:
+        for dep in body(stage)["deps"]:
+            if dep.startswith(("data/", "results/")):
+                pattern = re.escape(dep).replace(re.escape("${item.needs}"), r"[\w@{}$]+")
+                related = [
+                    out for out in outs if re.match(pattern, out) or dep.startswith(out) or out.startswith(dep)
+                ] or "${item" in dep
+                assert related, f"{stage}: nothing makes {dep}"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with the whole pipeline run on the smoke profile, the real way: through DVC."""
+    root = tmp_path_factory.mktemp("repository")
+    files = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in files:
+        source = ROOT / name
+        if source.exists() and not name.startswith(("results/", "tests/")):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, root / name, follow_symlinks=False)
+    run(root, "git", "init", "-q")
+    run(root, "git", "add", "-A")
+    run(root, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-q", "-m", "copy")
+    repro(root)
+    return root
+
+
+def run(root: Path, *command: str) -> str:
+    import os
+
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": str(root / "src")}
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return result.stdout
+
+
+def repro(root: Path, *arguments: str) -> str:
+    return run(root, "dvc", "repro", "reproduce/profiles/smoke/dvc.yaml", *arguments)
+
+
+def test_the_whole_graph_runs_and_gives_every_table_and_figure(smoke: Path) -> None:
+    results = smoke / "results" / "smoke"
+    tables = {path.name for path in (results / "tables").iterdir()}
+    names = ("labels", "figa_data", "figa_main", "xu_win_rate", "xu_reward_models", "xu_efficiency")
+    assert tables == {f"{name}.{kind}" for name in names for kind in ("csv", "tex")}
+    figures = {path.name for path in (results / "figures").iterdir()}
+    assert figures == {f"{name}.{kind}" for name in ("learning_curves", "token_labels", "win_rates") for kind in ("pdf", "png")}
+    assert not [path for path in (smoke / "data" / "smoke").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_every_training_and_evaluation_stage_is_a_tracked_run(smoke: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{smoke / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("fgalign-smoke")
+    runs = client.search_runs([experiment.experiment_id], max_results=500)
+    names = {item.info.run_name for item in runs}
+    expected = {"smoke/base", "smoke/label_quality"}
+    for stage in ("sft", "rm_preference", "rm_edit", "rm_token", "figa", "ppo_preference", "ppo_edit", "ppo_token"):
+        expected |= {f"smoke/{stage}/seed-{seed}" for seed in (1, 2)}
+    assert expected <= names
+    assert all(item.info.status == "FINISHED" for item in runs)
+    token = next(item for item in runs if item.info.run_name == "smoke/ppo_token/seed-1")
+    assert token.data.params["needs"] == "rm_token"
+    assert {"reward/score", "kl/response", "policy/loss"} <= set(token.data.metrics)
+    assert token.data.tags["dvc_stage"] and token.data.tags["git_commit"]
+
+
+def test_a_second_run_changes_nothing_and_a_rebuild_gives_the_same_bytes(smoke: Path) -> None:
+    assert "up to date" in repro(smoke)
+    lock = smoke / "reproduce" / "profiles" / "smoke" / "dvc.lock"
+    before = lock.read_bytes()
+    # The stages whose sums could come out in another order: training of all three kinds, and what follows from them.
+    for stage in ("sft", "rm_token", "align@figa", "align@ppo_token", "generate@ppo_token"):
+        run(smoke, "dvc", "repro", "-f", "-s", f"reproduce/profiles/smoke/dvc.yaml:{stage}")
+    assert lock.read_bytes() == before
+
+
+def test_training_runs_where_the_truth_and_the_test_split_are_gone(smoke: Path) -> None:
+    hidden = smoke / "data" / "hidden"
+    hidden.mkdir()
+    data = smoke / "data" / "smoke"
+    moved = [data / "gold", data / "raw" / "test", data / "edits" / "test.jsonl"]
+    for path in moved:
+        shutil.move(path, hidden / f"{path.parent.name}-{path.name}")
+    try:
+        for command in (["sft"], ["reward-model", "rm_token"], ["align", "figa"], ["align", "ppo_token"]):
+            run(smoke, sys.executable, "-m", "fgalign.cli", *command, "--profile", "smoke")
+    finally:
+        for path in moved:
+            shutil.move(hidden / f"{path.parent.name}-{path.name}", path)

@@ -1,0 +1,562 @@
+"""Tables, figures, paper and index from made-up metrics: cells worked by hand, equal bytes, and errors that say why."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import synthetic_metrics as made_up
+from scipy.stats import t as student
+
+from fgalign.errors import ConfigError, InputError
+from fgalign.report.cells import Cell, cells_from_csv, cells_to_csv, display, read_table
+from fgalign.report.config import report_config
+from fgalign.report.figures import FIGURES, _band, _lines, build_figure
+from fgalign.report.index import Stage, row_source, run_names, write_index
+from fgalign.report.paper import build_paper, compile_typst
+from fgalign.report.reported import Reported, verdict
+from fgalign.report.style import METHODS, method_style
+from fgalign.report.tables import TABLES, build_table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """A profile with three seeds and no metrics."""
+    return made_up.write_profile(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A profile with all metrics, tables and figures, and the paper's source."""
+    root = tmp_path_factory.mktemp("built")
+    profile = made_up.write_profile(root)
+    made_up.write_metrics(profile, prompts=20)
+    for name in TABLES:
+        build_table(profile, name)
+    for name in FIGURES:
+        build_figure(profile, name)
+    (root / "paper").mkdir()
+    (root / "paper" / "main.typ").write_bytes((ROOT / "paper" / "main.typ").read_bytes())
+    return profile
+
+
+def cells_of(profile, name):
+    """The cells of a freshly built table by (method, metric)."""
+    path = build_table(profile, name)[0]
+    return {(cell.method, cell.metric): cell for cell in read_table(path)}
+
+
+def write_wins(profile, method, wins, scores=None):
+    """Judged samples with the given wins, ``wins[seed][prompt]``; everything else is constant."""
+    rows = []
+    for place, (seed, row) in enumerate(zip(profile.seeds, wins, strict=True)):
+        for prompt, win in enumerate(row):
+            score = scores[place][prompt] if scores else 1.0
+            rows.append([f"p{prompt}", seed, score, 1.0, win, 2.5, 10, "False", 0.5, 0.6, 0.7])
+    made_up.write_csv(profile.results / "metrics" / "judged" / f"{method}.csv", made_up.JUDGED, rows)
+
+
+def write_curve(profile, runs):
+    """``runs[method][seed place]`` lists scores at updates 0, 10, 20; each is 5 gradient updates and 100 tokens."""
+    rows = []
+    for method, by_seed in runs.items():
+        for seed, scores in zip(profile.seeds, by_seed, strict=True):
+            for place, score in enumerate(scores):
+                rows.append([method, seed, 10 * place, 1000 * place, 50 * place, score, 0.5, 0.1 * place, 0.0])
+    header = "method,seed,update,response_tokens,gradient_updates,score,win,kl,reward"
+    made_up.write_csv(profile.results / "metrics" / "curves.csv", header, rows)
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def test_win_rate_and_paired_difference_by_hand(profile):
+    # Prompts do not differ and seeds have means 0.25, 0.5, 0.75 of 4 prompts for ppo_token.
+    token = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
+    plain = [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
+    for method, wins in (("sft", plain), ("ppo_preference", plain), ("ppo_edit", token), ("ppo_token", token)):
+        write_wins(profile, method, wins)
+    cells = cells_of(profile, "xu_win_rate")
+    # (1 + 2 + 3) / 12 = 50%; (0 + 1 + 2) / 12 = 25%; difference 25 points.
+    assert cells["ppo_token", "win_rate"].mean == 50.0
+    assert cells["ppo_preference", "win_rate"].mean == 25.0
+    difference = cells["ppo_token", "difference_to_ppo_preference"]
+    assert difference.mean == 25.0
+    # Differences are 1000, 0100, 0010: each seed's mean is 1/4, so MS_seeds = 0; prompt means are 1/3, 1/3, 1/3, 0,
+    # with sum of squared deviations 3 (1/12)^2 + (1/4)^2 = 1/12, so MS_prompts = 3 (1/12) / 3 = 1/12. The total sum of
+    # squares is 3 - 12 (1/4)^2 = 9/4, so MS_res = (9/4 - 3 (1/12)) / 6 = 1/3. Both mean squares are below MS_res: the
+    # variance of the mean is MS_res / 12 = 1/36, with 6 degrees of freedom.
+    half = 100 * float(student.ppf(0.975, 6)) / 6
+    assert difference.low == pytest.approx(25 - half, abs=5e-5)
+    assert difference.high == pytest.approx(25 + half, abs=5e-5)
+    assert difference.reported == 5.1
+    assert cells["sft", "difference_to_ppo_preference"].mean == 0.0
+    assert cells["ppo_token", "win_rate"].seeds == (1, 2, 3)
+    assert ("ppo_preference", "difference_to_ppo_preference") not in cells
+
+
+def test_pairs_are_matched_by_prompt_not_by_order(profile):
+    wins = [[1, 0.5, 0], [1, 0.5, 0], [1, 0.5, 0]]
+    for method in ("sft", "ppo_preference", "ppo_edit", "ppo_token"):
+        write_wins(profile, method, wins)
+    path = profile.results / "metrics" / "judged" / "ppo_token.csv"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *reversed(rows)]) + "\n")
+    difference = cells_of(profile, "xu_win_rate")["ppo_token", "difference_to_ppo_preference"]
+    # The same win for the same prompt and seed everywhere: exactly no difference and no spread.
+    assert (difference.mean, difference.low, difference.high) == (0.0, 0.0, 0.0)
+
+
+def test_figa_main_columns(profile):
+    for method in ("base", "sft", "figa", "ppo_preference"):
+        write_wins(profile, method, [[1, 0.5], [0.5, 0], [1, 0]], [[3, 1], [2, 0], [4, 2]])
+    cells = cells_of(profile, "figa_main")
+    assert [method for method, metric in cells if metric == "win_rate"] == ["base", "sft", "figa", "ppo_preference"]
+    # Wins 1 + .5 + .5 + 0 + 1 + 0 = 3 of 6; scores 3 + 1 + 2 + 0 + 4 + 2 = 12 over 6.
+    assert cells["figa", "win_rate"].mean == 50.0
+    assert cells["figa", "score"].mean == 2.0
+    assert (cells["figa", "reward"].mean, cells["figa", "reward"].reported) == (0.5, 4.62)
+    assert (cells["figa", "kl"].mean, cells["figa", "tokens"].mean) == (2.5, 10.0)
+    assert ("sft", "difference_to_sft") not in cells
+
+
+def test_reward_models_by_hand(profile):
+    made_up.write_reward_models(profile)
+    path = profile.results / "metrics" / "reward_models.csv"
+    rows = [[model, "accuracy_edit", seed, value] for model in ("rm_preference", "rm_edit", "rm_token")
+            for seed, value in zip((1, 2, 3), (0.7, 0.8, 0.9), strict=True)]  # fmt: skip
+    rows += [["rm_token", "token_auroc", seed, 0.9] for seed in (1, 2, 3)]
+    made_up.write_csv(path, "model,metric,seed,value", rows)
+    cells = cells_of(profile, "xu_reward_models")
+    cell = cells["rm_edit", "accuracy_edit"]
+    # Mean 80%, standard deviation 10 points, t(0.975, 2) = 4.3027: half width 4.3027 * 10 / sqrt(3) = 24.84, and
+    # 80 + 24.84 is cut to 100.
+    assert (cell.mean, cell.high) == (80.0, 100.0)
+    assert cell.low == pytest.approx(80 - 4.302653 * 10 / 3**0.5, abs=1e-4)
+    assert cells["rm_token", "token_auroc"].mean == 0.9
+
+
+def test_figa_data_by_hand(profile):
+    rows = [
+        [item, side, seed, reward + seed, 10 + edits, edits]
+        for side, reward, edits in (("initial", 0, 0), ("revised", 4, 2), ("reference", 5, 6))
+        for item in ("a", "b")
+        for seed in (1, 2, 3)
+    ]
+    made_up.write_csv(profile.results / "metrics" / "figa_data.csv", "id,side,seed,reward,tokens,edit_distance", rows)
+    cells = cells_of(profile, "figa_data")
+    assert cells["revised", "reward"].mean == 6.0  # 4 + (1 + 2 + 3) / 3
+    assert (cells["reference", "tokens"].mean, cells["reference", "edit_distance"].mean) == (16.0, 6.0)
+    assert (cells["initial", "edit_distance"].low, cells["initial", "edit_distance"].high) == (0.0, 0.0)
+
+
+def test_efficiency_by_hand_and_censored(profile):
+    write_curve(
+        profile,
+        {
+            "ppo_preference": [[0.1, 0.3, 0.5], [0.1, 0.5, 0.4], [0.1, 0.4, 0.6]],  # best at 20, 10, 20: 0.5, 0.5, 0.6
+            "ppo_edit": [[0.1, 0.5, 0.6], [0.1, 0.2, 0.3], [0.1, 0.2, 0.6]],  # reached at 10, never, 20
+            "ppo_token": [[0.1, 0.6, 0.1], [0.1, 0.6, 0.7], [0.1, 0.6, 0.7]],  # reached at 10 by all, "at" counts
+        },
+    )
+    cells = cells_of(profile, "xu_efficiency")
+    assert cells["ppo_preference", "target_score"].mean == pytest.approx(1.6 / 3, abs=1e-4)
+    assert cells["ppo_preference", "updates"].mean == pytest.approx(50 / 3, abs=1e-4)
+    edit = cells["ppo_edit", "response_tokens"]
+    # The seed that never gets there counts with its 2000 tokens: (1000 + 2000 + 2000) / 3, a lower bound.
+    assert edit.mean == pytest.approx(5000 / 3, abs=1e-4)
+    assert edit.lower_bound and edit.high is None
+    assert edit.low == pytest.approx(5000 / 3 - 4.302653 * (1000 / 3**0.5) / 3**0.5, abs=1e-3)
+    reached = cells["ppo_edit", "seeds_reached"]
+    # Clopper-Pearson for 2 of 3: low solves P(X >= 2) = 0.025, high solves P(X <= 2) = 1 - p^3 = 0.025.
+    assert reached.mean == pytest.approx(200 / 3, abs=1e-4)
+    assert reached.high == pytest.approx(100 * 0.975 ** (1 / 3), abs=1e-3)
+    low = reached.low / 100
+    assert 3 * low**2 * (1 - low) + low**3 == pytest.approx(0.025, abs=1e-5)
+    token = cells["ppo_token", "gradient_updates"]
+    assert (token.mean, token.low, token.high) == (50.0, 50.0, 50.0)
+    assert display(edit).value == "≥ 1.7" and display(edit).interval == ""
+
+
+def test_plain_ppo_that_never_improves_is_reached_at_the_start(profile):
+    write_curve(profile, {method: [[0.5, 0.4, 0.3]] * 3 for method in made_up.PPO})
+    cells = cells_of(profile, "xu_efficiency")
+    assert cells["ppo_token", "updates"].mean == 0.0
+
+
+def test_labels_table(profile):
+    folder = profile.results / "metrics"
+    folder.mkdir(parents=True)
+    (folder / "label_statistics.json").write_text(json.dumps({"train": {"pairs": 4, "share_bad": 0.125}}))
+    quality = {"precision": 0.5, "recall": None, "pairs": 2, "by_type": {"rude": {"recall": 0.25, "tokens": 8}}}
+    (folder / "label_quality.json").write_text(json.dumps(quality))
+    cells = cells_of(profile, "labels")
+    assert {key: cell.mean for key, cell in cells.items()} == {
+        ("split:train", "pairs"): 4.0,
+        ("split:train", "share_bad"): 12.5,
+        ("flaws:all", "precision"): 50.0,
+        ("flaws:all", "pairs"): 2.0,
+        ("flaws:rude", "recall"): 25.0,
+        ("flaws:rude", "flawed_tokens"): 8.0,
+    }
+
+
+def test_one_seed_has_no_interval_over_seeds(tmp_path):
+    profile = made_up.write_profile(tmp_path)
+    profile.params["seeds"] = [7]
+    made_up.write_reward_models(profile)
+    cell = cells_of(profile, "xu_reward_models")["rm_edit", "accuracy_edit"]
+    assert (cell.low, cell.high, cell.seeds) == (None, None, (7,))
+
+
+# --- the CSV and LaTeX forms ------------------------------------------------------------------------------------------
+
+
+def test_csv_form_and_back():
+    cells = [
+        Cell("a", "win_rate", 50.00004, 40.0, 60.0, (1, 2), 5.1),
+        Cell("a", "kl", -0.00001),
+        Cell("b", "updates", 7.0, 5.0, None, (1, 2)),
+    ]
+    text = cells_to_csv(cells)
+    assert text.splitlines() == [
+        "method,metric,mean,ci_low,ci_high,seeds,reported",
+        "a,win_rate,50.0000,40.0000,60.0000,1 2,5.1000",
+        "a,kl,0.0000,,,,",
+        "b,updates,7.0000,5.0000,,1 2,",
+    ]
+    assert cells_to_csv(cells_from_csv(text, "x")) == text
+    with pytest.raises(InputError, match=r"t.csv:2: not a table row"):
+        cells_from_csv(text.replace("50.0000", "fifty"), "t.csv")
+    with pytest.raises(InputError, match=r"t.csv:1: expected the columns"):
+        cells_from_csv("method,metric\n", "t.csv")
+
+
+def test_latex_has_as_many_columns_as_its_head_says(built):
+    for name in TABLES:
+        text = (built.results / "tables" / f"{name}.tex").read_text()
+        width = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", text).group(1))
+        rows = [line for line in text.splitlines() if line.endswith("\\\\")]
+        assert len(rows) >= 3
+        assert {line.count("&") - line.count(r"\&") + 1 for line in rows} == {width}, name
+        assert not re.search(r"(?<!\\)_", "".join(rows)) and "−" not in text
+
+
+# --- what must fail -------------------------------------------------------------------------------------------------
+
+
+def test_missing_seed_fails_and_keeps_the_old_table(built, tmp_path):
+    profile = made_up.write_profile(tmp_path)
+    made_up.write_metrics(profile, prompts=5)
+    before = build_table(profile, "figa_main")[0].read_bytes()
+    for name, table in (("judged/figa.csv", "figa_main"), ("reward_models.csv", "xu_reward_models"),
+                        ("curves.csv", "xu_efficiency"), ("figa_data.csv", "figa_data")):  # fmt: skip
+        path = profile.results / "metrics" / name
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        kept = [list(row.values()) for row in rows if row["seed"] != "2"]
+        made_up.write_csv(path, ",".join(rows[0]), kept)
+        with pytest.raises(InputError, match=r"seed 2 is missing; expected seeds 1 2 3, found 1 3; run .*dvc repro"):
+            build_table(profile, table)
+    assert (profile.results / "tables" / "figa_main.csv").read_bytes() == before
+    with pytest.raises(InputError, match="seed 2 is missing"):
+        build_figure(profile, "learning_curves")
+    assert not (profile.results / "figures").exists()
+
+
+def test_missing_method_prompt_column_and_number_fail(profile):
+    made_up.write_metrics(profile, prompts=5)
+    judged = profile.results / "metrics" / "judged"
+    text = (judged / "figa.csv").read_text()
+    (judged / "figa.csv").unlink()
+    with pytest.raises(InputError, match=r"figa.csv: no such metrics file; run the stage that judges `figa`"):
+        build_table(profile, "figa_main")
+    (judged / "figa.csv").write_text(text.replace("test-4,2,", "test-9,2,"))
+    with pytest.raises(InputError, match=r"seeds 1 and 2 do not have the same ids \(for example 'test-4'\)"):
+        build_table(profile, "figa_main")
+    (judged / "figa.csv").write_text(text.replace("test-4,", "test-9,"))
+    with pytest.raises(InputError, match=r"figa.csv: not the prompts of `base`"):
+        build_table(profile, "figa_main")
+    (judged / "figa.csv").write_text(text.replace(",kl,", ",kkl,"))
+    with pytest.raises(InputError, match=r"figa.csv:1: column 'kl' is missing"):
+        build_table(profile, "figa_main")
+    lines = text.splitlines()
+    lines[3] = re.sub(r"^(test-2,1,)[^,]*", r"\1nan", lines[3])
+    (judged / "figa.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=r"figa.csv:4: score: expected a finite number, found 'nan'"):
+        build_table(profile, "figa_main")
+    (judged / "figa.csv").write_text(text + text.splitlines()[1] + "\n")
+    with pytest.raises(InputError, match=r"comes twice"):
+        build_table(profile, "figa_main")
+
+
+def test_unknown_names_and_bad_sections(tmp_path):
+    profile = made_up.write_profile(tmp_path)
+    with pytest.raises(ConfigError, match=r"unknown table 'x'; expected one of labels, figa_data"):
+        build_table(profile, "x")
+    with pytest.raises(ConfigError, match=r"unknown figure 'x'; expected one of learning_curves"):
+        build_figure(profile, "x")
+    for report, fault in (
+        ({"methods": ["base"]}, "must name 'sft'"),
+        ({"ppo_methods": ["ppo_token"]}, "must name 'ppo_preference'"),
+        ({"reward_models": ["rm_edit", "rm_edit"]}, "names a row twice"),
+        ({"exmples": 2}, "exmples"),
+    ):
+        with pytest.raises(ConfigError, match=fault):
+            report_config(made_up.write_profile(tmp_path, **report))
+
+
+# --- a new method ----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_method_appears_by_its_entry_in_the_parameters(tmp_path):
+    profile = made_up.write_profile(tmp_path)
+    profile.params["methods"]["simpo"] = {"beta": 2.0}
+    made_up.write_metrics(profile, prompts=6, methods={**made_up.METHODS, "simpo": 0.5})
+    assert report_config(profile).methods == ["base", "sft", "figa", "ppo_preference", "simpo"]
+    cells = cells_of(profile, "figa_main")
+    assert ("simpo", "win_rate") in cells and ("simpo", "difference_to_sft") in cells
+    assert "SIMPO" in (profile.results / "tables" / "figa_main.tex").read_text()
+    with_it = build_figure(profile, "win_rates")[1].read_bytes()
+    profile.params["methods"].pop("simpo")
+    assert build_figure(profile, "win_rates")[1].read_bytes() != with_it
+
+
+def test_styles_stay_apart_and_follow_from_the_name():
+    policies = [METHODS[name] for name in made_up.METHODS]
+    assert len({style.colour for style in policies}) == len({style.marker for style in policies}) == len(policies)
+    assert method_style("expert_iteration") == method_style("expert_iteration")
+    assert method_style("expert_iteration").label == "Expert iteration"
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_build_gives_the_same_bytes(built):
+    files = sorted(path for kind in ("tables", "figures") for path in (built.results / kind).iterdir())
+    assert len(files) == 2 * len(TABLES) + 2 * len(FIGURES)
+    before = {path: path.read_bytes() for path in files}
+    for name in TABLES:
+        build_table(built, name)
+    for name in FIGURES:
+        build_figure(built, name)
+    assert [path.name for path in files if path.read_bytes() != before[path]] == []
+    for path in files:
+        if path.suffix in (".pdf", ".png"):
+            assert not re.search(rb"CreationDate|ModDate|Software|tIME|/Producer|Matplotlib", before[path]), path.name
+
+
+def test_figures_do_not_follow_the_readers_own_settings(built):
+    import matplotlib
+
+    before = (built.results / "figures" / "win_rates.png").read_bytes()
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red"}):
+        build_figure(built, "win_rates")
+    assert (built.results / "figures" / "win_rates.png").read_bytes() == before
+
+
+def test_band_is_mean_and_range_over_seeds():
+    def points(*values):
+        return [{"update": u, "response_tokens": 1000.0 * u, "score": score} for u, score in values]
+
+    # Update 2 is missing in the second seed and left out.
+    x, mean, low, high = _band([points((0, 1), (1, 2), (2, 9)), points((0, 3), (1, 5))], "score")
+    assert (x, mean, low, high) == ([0, 1], [2, 3.5], [1, 2], [3, 5])
+
+
+def test_tokens_are_broken_into_lines_at_the_column_width():
+    tokens = ["Hello", ",", "Ġworld", "▁again", "\n", "</s>"]
+    line = _lines({"response_tokens": tokens})[0]
+    assert [(start, text) for start, _, text, _ in line] == [
+        (0, "Hello"), (5, ","), (7, "world"), (13, "again"), (18, "↵"), (20, "[end]"),
+    ]  # fmt: skip
+    wide = _lines({"response_tokens": [" abcdefghi"] * 12})
+    assert len(wide) > 1 and all(line[0][0] == 0 for line in wide)
+    assert [index for line in wide for *_, index in line] == list(range(12))
+
+
+# --- the paper -------------------------------------------------------------------------------------------------------
+
+
+def test_paper_is_rebuilt_to_the_byte_and_holds_our_numbers(built):
+    generated, tables, figures, pdf = build_paper(built.root)
+    first = pdf.read_bytes()
+    assert first.startswith(b"%PDF") and b"CreationDate" not in first
+    assert {path.name for path in tables.iterdir()} == {f"{name}.tex" for name in TABLES}
+    assert {path.name for path in figures.iterdir()} == {
+        f"{name}.{kind}" for name in FIGURES for kind in ("pdf", "png")
+    }
+    build_paper(built.root)
+    assert pdf.read_bytes() == first
+    numbers = json.loads((generated / "numbers.json").read_text())
+    cells = {(c.method, c.metric): c for c in read_table(built.results / "tables" / "xu_win_rate.csv")}
+    ours = cells["ppo_token", "difference_to_ppo_preference"]
+    entry = numbers["comparisons"]["xu_win_rate.ppo_token.difference_to_ppo_preference"]
+    assert entry["ours"] == f"{ours.mean:+.1f}".replace("-", "−")
+    assert entry["reported"] == "+5.1"
+    assert entry["verdict"] == verdict(Reported(5.1, "", ""), ours)
+    assert numbers["human"] is None
+
+
+def test_paper_shows_the_human_profile_once_it_has_tables(built, tmp_path):
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(built.root, root)
+    without = build_paper(root)[3].read_bytes()
+    human = made_up.write_profile(root, "human", budget_note="Two hundred pairs and one epoch.")
+    made_up.write_metrics(human, prompts=5)
+    assert build_paper(root)[3].read_bytes() == without  # metrics alone are not tables
+    build_table(human, "labels")
+    build_figure(human, "token_labels")
+    build_paper(root)
+    numbers = json.loads((root / "paper" / "generated" / "numbers.json").read_text())["human"]
+    assert list(numbers["tables"]) == ["labels"] and "Reward models" in numbers["missing_tables"]
+    assert (root / "paper" / "figures" / "human_token_labels.pdf").exists()
+    pages = compile_typst(root / "paper" / "main.typ", format="svg")
+    assert len(pages) >= 4
+
+
+def test_paper_names_what_is_missing(built, tmp_path):
+    profile = made_up.write_profile(tmp_path)
+    (tmp_path / "paper").mkdir()
+    with pytest.raises(InputError, match=r"main.typ: no such file, and the paper needs it"):
+        build_paper(profile.root)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "reported", "comparable", "expected"),
+    [
+        (0.1, 9.0, 5.1, True, "agrees"),
+        (-1.0, 9.0, 5.1, True, "cannot tell"),
+        (-9.0, -0.1, 5.1, True, "does not agree"),
+        (-9.0, -0.1, -2.0, True, "agrees"),
+        (0.0, 9.0, 5.1, True, "cannot tell"),
+        (0.1, 9.0, 5.1, False, "not comparable"),
+        (None, None, 5.1, True, "not comparable"),
+    ],
+)
+def test_verdicts(low, high, reported, comparable, expected):
+    assert verdict(Reported(reported, "", "", comparable), Cell("a", "b", 1.0, low, high)) == expected
+
+
+def test_the_paper_text_holds_no_result():
+    text = (ROOT / "paper" / "main.typ").read_text(encoding="utf-8")
+    body = re.sub(r"//.*|#set .*|columns: .*|inset: .*|width: \d+%|size: [\d.]+(pt|em)|#v\(.*?\)|luma\(\d+\)", "", text)
+    # What is left with a decimal point is the released threshold, which methods.md allows as checked.
+    assert set(re.findall(r"(?<![\w.(])\d+\.\d+(?!\d*(?:cm|pt|em|fr))", body)) <= {"0.6"}
+
+
+# --- the index -------------------------------------------------------------------------------------------------------
+
+
+def pipeline(profile):
+    """A pipeline like the real one: stages with a foreach item, training before generation before judging."""
+
+    def model(name):
+        return f"data/mini/models/{name}"
+
+    src = "src/fgalign/x.py"
+    stages = {"base": {"cmd": "true", "outs": [model("base")], "params": ["base_model"]}}
+    stages["align"] = {
+        "foreach": ["sft", "figa", *made_up.PPO],
+        "do": {"cmd": "true", "deps": [src, model("base")], "outs": [model("${item}")], "params": ["methods.${item}"]},
+    }
+    stages["judge"] = {
+        "foreach": list(made_up.METHODS),
+        "do": {"cmd": "true", "deps": [src, model("${item}")], "outs": ["results/mini/metrics/judged/${item}.csv"]},
+    }
+    metrics = "results/mini/metrics/"
+    one = {"cmd": "true", "deps": [src]}
+    stages["labels"] = {**one, "outs": [metrics + "label_statistics.json"]}
+    stages["label_quality"] = {**one, "outs": [metrics + "label_quality.json"]}
+    stages["reward_models"] = {**one, "outs": [metrics + "reward_models.csv", metrics + "figa_data.csv"]}
+    stages["curves"] = {**one, "deps": [src, *(model(name) for name in made_up.PPO)], "outs": [metrics + "curves.csv"]}
+    return stages
+
+
+def test_index_links_every_row_and_all_its_links_exist(built, tmp_path):
+    import shutil
+
+    import yaml
+    from dvc.repo import Repo
+
+    root = tmp_path / "repo"
+    shutil.copytree(built.root, root)
+    (root / "src" / "fgalign" / "x.py").write_text("x = 1\n")
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": pipeline(built)}))
+    git = ["git", "-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run([*git, "init", "-q"], cwd=root, check=True)
+    Repo.init(str(root)).close()
+    params = root / "params.yaml"
+    text = params.read_text()
+    params.write_text(text.replace("profile: mini", "profile: mini\nbase_model: {}"))
+    subprocess.run([*git, "add", "src", "params.yaml", "dvc.yaml"], cwd=root, check=True)
+    subprocess.run([*git, "commit", "-qm", "code"], cwd=root, check=True)
+    path = write_index(root)
+    first = path.read_text()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout
+    for link in re.findall(r"\]\(([^)]+)\)", first):
+        assert (root / "results" / link).exists(), link
+    row = next(line for line in first.splitlines() if line.startswith("| FIGA (`figa`)"))
+    assert "| `judge@figa`, `align@figa` |" in row
+    assert "[params.yaml](../params.yaml) `methods.figa`" in row
+    assert "`mini/judge@figa`, `mini/figa/seed-1`, `mini/figa/seed-2`, `mini/figa/seed-3`" in row
+    assert f"`{head[:12]}`" in row and "1 2 3" in row
+    rows = [line for line in first.splitlines() if line.startswith("| ") and not line.startswith("| row")]
+    methods = [{cell.method for cell in read_table(built.results / "tables" / f"{name}.csv")} for name in TABLES]
+    assert len(rows) == sum(map(len, methods))
+    # A later commit that touches no code leaves the index as it is.
+    subprocess.run([*git, "add", "results"], cwd=root, check=True)
+    subprocess.run([*git, "commit", "-qm", "results"], cwd=root, check=True)
+    assert write_index(root).read_text() == first
+
+
+def test_a_row_without_a_stage_is_an_error(built):
+    with pytest.raises(InputError, match=r"no stage writes results/mini/metrics/judged/figa.csv"):
+        row_source(built, [Stage("x", (), ("other",), ())], "figa_main", "figa", [1])
+
+
+def test_run_names_follow_the_tracking(built):
+    def stage(address, *outs):
+        return Stage(address, (), outs, ())
+
+    assert run_names(built, stage("base", "data/mini/models/base"), "base", [1, 2]) == ["mini/base"]
+    assert run_names(built, stage("align@figa", "data/mini/models/figa"), "figa", [1, 2])[1] == "mini/figa/seed-2"
+    assert run_names(built, stage("p/dvc.yaml:judge@figa"), "figa", [1, 2]) == ["mini/judge@figa"]
+    assert run_names(built, stage("reward_models"), "rm_edit", [4]) == ["mini/reward_models/rm_edit/seed-4"]
+
+
+# --- start-up and the layers ------------------------------------------------------------------------------------------
+
+
+def test_importing_the_report_is_light():
+    code = (
+        "import sys, fgalign.report.tables, fgalign.report.figures, fgalign.report.paper, fgalign.report.index,"
+        "fgalign.report.check, fgalign.report.entry\n"
+        "print([name for name in ('torch', 'matplotlib', 'scipy', 'numpy', 'typst', 'dvc') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_table_and_figure_has_an_entry_that_works(built, monkeypatch, capsys):
+    import runpy
+
+    names = [f"table_{name}" for name in TABLES] + [f"figure_{name}" for name in FIGURES]
+    found = {path.stem for path in (ROOT / "reproduce").glob("*.py")} - {"check"}
+    assert set(names) == found
+    monkeypatch.chdir(built.root)
+    for name in ("table_labels", "figure_win_rates"):
+        monkeypatch.setattr(sys, "argv", [name])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "reproduce" / f"{name}.py"), run_name="__main__")
+        assert stop.value.code == 0
+    out = capsys.readouterr()
+    assert out.out.startswith("method,metric,mean") and "results/mini/figures/win_rates.png" in out.err
