@@ -145,7 +145,10 @@ def format_imports(seconds: Mapping[str, float]) -> str:
     """A table of import statements."""
     width = max(map(len, seconds))
     return "\n".join(
-        [f"{'in a fresh process':<{width}}  seconds", *(f"{name:<{width}}  {value:7.2f}" for name, value in seconds.items())]
+        [
+            f"{'in a fresh process':<{width}}  seconds",
+            *(f"{name:<{width}}  {value:7.2f}" for name, value in seconds.items()),
+        ]
     )
 
 

@@ -27,9 +27,7 @@ SENTENCES = [
 @pytest.fixture
 def ids() -> Any:
     """A tokenizer's special ids for models with a vocabulary of 30: what the PPO trainer asks of a tokenizer."""
-    return SimpleNamespace(
-        vocab_size=VOCAB, pad_token_id=PAD, eos_token_id=EOS, save_pretrained=lambda folder: None
-    )
+    return SimpleNamespace(vocab_size=VOCAB, pad_token_id=PAD, eos_token_id=EOS, save_pretrained=lambda folder: None)
 
 
 @pytest.fixture(scope="session")

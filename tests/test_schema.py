@@ -1,4 +1,4 @@
-"""Records: what is accepted, and that each kind of bad input is one error with file, line, field, expected and found."""
+"""Records: what is accepted, and that bad input is one error with file, line, field, expected and found."""
 
 from __future__ import annotations
 

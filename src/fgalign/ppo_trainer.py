@@ -102,7 +102,7 @@ class FineGrainedPPOConfig:
     warmup_updates: int = 0
     """Updates over which the learning rate rises linearly to its value."""
     schedule: str = "constant"
-    """After the warm-up: ``constant``, or ``linear`` down to 0 at the last update."""
+    """After the warm-up: ``constant``, or ``linear``: falling in equal steps, to reach 0 after the last update."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     response_length: int = 48
@@ -147,8 +147,9 @@ def check_config(args: FineGrainedPPOConfig) -> None:
     }.items():
         if getattr(args, name) not in allowed:
             raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, found {getattr(args, name)!r}")
-    for name in ("updates", "rollout_batch_size", "epochs", "minibatch_size", "response_length"):
-        if getattr(args, name) < 1:
+    counts = ("updates", "rollout_batch_size", "epochs", "minibatch_size", "response_length", "calibration_prompts")
+    for name in (*counts, "microbatch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name}: expected at least 1, found {getattr(args, name)}")
     if args.rollout_batch_size % args.minibatch_size:
         raise ConfigError(
@@ -263,7 +264,8 @@ class FineGrainedPPOTrainer:
         processes = self.accelerator.num_processes
         if args.rollout_batch_size % processes or args.minibatch_size % processes:
             raise ConfigError(f"rollout_batch_size and minibatch_size: expected multiples of {processes} processes")
-        both = PolicyWithValue(model, value_model)
+        # Without dropout the ratio of the new to the old policy is 1 before the first step.
+        both = PolicyWithValue(model, value_model).eval()
         optimizer = torch.optim.AdamW(self._groups(both), weight_decay=args.weight_decay, betas=(0.9, 0.95))
         self.model, self.optimizer = self.accelerator.prepare(both, optimizer)
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -340,7 +342,8 @@ class FineGrainedPPOTrainer:
         raw = self._score(rollout)
         logits, values = self._forward(rollout)
         logps = token_logps(logits / args.temperature, rollout.response_ids)
-        kl = kl_per_token(logps, self.ref_logps(rollout), args.kl_estimator)
+        ref_logps = self.ref_logps(rollout)
+        kl = kl_per_token(logps, ref_logps, args.kl_estimator)
         scaled = self.reward_factor * (rewards_at_last_token(raw, mask) if raw.dim() == 1 else raw)
         paid = scaled - args.missing_eos_penalty * rewards_at_last_token(rollout.truncated.float(), mask)
         if args.whiten_rewards:
@@ -351,7 +354,7 @@ class FineGrainedPPOTrainer:
             advantages = whiten(advantages, mask, reduce=self._sum)
 
         scores = response_scores(raw, mask)
-        response_kl = self._mean(masked_sum(kl, mask, 1))
+        response_kl = self._mean(masked_sum(logps - ref_logps, mask, 1))
         tokens = int(self._sum(mask.sum()))
         self.response_tokens += tokens
         residual = masked_mean((returns - values - masked_mean(returns - values, mask)).square(), mask)
@@ -377,12 +380,14 @@ class FineGrainedPPOTrainer:
         size = self.args.minibatch_size // self.accelerator.num_processes
         sums: dict[str, float] = {}
         steps = 0
+        self._checkpoint_layers()
         for _ in range(self.args.epochs):
             order = torch.randperm(rows, generator=self._generator)
             for chunk in order.split(size):
                 for name, value in self.minibatch_step(experience, chunk).items():
                     sums[name] = sums.get(name, 0.0) + value
                 steps += 1
+        self.model.eval()
         return {name: value / steps for name, value in sums.items()}
 
     def minibatch_step(self, experience: Experience, chunk: Tensor) -> dict[str, float]:
@@ -400,7 +405,7 @@ class FineGrainedPPOTrainer:
                 losses, share = self._micro_losses(experience, piece.to(self.device), total)
                 # Processes' gradients are averaged, so each multiplies by their number.
                 loss = (losses["policy/loss"] + args.value_coef * losses["value/loss"]) * share
-                if not math.isfinite(float(loss)):
+                if not math.isfinite(loss.item()):
                     raise TrainingError(
                         f"PPO loss is {float(loss)} after {self.gradient_updates} gradient updates; expected a finite "
                         "number: lower the learning rate or look at the rewards"
@@ -488,7 +493,8 @@ class FineGrainedPPOTrainer:
         for start in range(0, len(chosen), size):
             rollout = self.sample(chosen[start : start + size])
             scores.append(response_scores(self._score(rollout), rollout.response_mask))
-        spread = float(torch.cat(scores).std(correction=0))
+        # In float64, where the mean of equal float32 numbers is that number.
+        spread = float(torch.cat(scores).double().std(correction=0))
         if not spread > 1e-6:
             raise TrainingError(
                 f"reward_scale: the reward is the same ({float(torch.cat(scores).mean()):.4g}) for all {len(chosen)} "
@@ -497,16 +503,26 @@ class FineGrainedPPOTrainer:
         return 1.0 / spread
 
     def _groups(self, both: PolicyWithValue) -> list[dict[str, Any]]:
-        value_rate = self.args.value_learning_rate or self.args.learning_rate
+        args = self.args
+        value_rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         policy = [parameter for parameter in both.policy.parameters() if parameter.requires_grad]
         value = list((both.value_model or both.value_head).parameters())
-        return [{"params": policy, "lr": self.args.learning_rate}, {"params": value, "lr": value_rate}]
+        return [{"params": policy, "lr": args.learning_rate}, {"params": value, "lr": value_rate}]
+
+    def _checkpoint_layers(self) -> None:
+        """Put the layers that recompute into training mode, without which transformers keeps their activations; their
+        parts stay in evaluation mode, without dropout."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = self.args.gradient_checkpointing
 
     def _set_learning_rate(self, update: int) -> None:
         args = self.args
         factor = min(1.0, update / args.warmup_updates) if args.warmup_updates else 1.0
-        if args.schedule == "linear":
-            factor *= (args.updates - update + 1) / args.updates
+        if args.schedule == "linear" and update > args.warmup_updates:
+            factor = (args.updates - update + 1) / (args.updates - args.warmup_updates)
         for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
 

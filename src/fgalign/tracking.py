@@ -93,16 +93,20 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _open(profile: Profile, stage: str, seed: int | None, params: Mapping[str, Any]) -> Run:
     if os.environ.get("FGALIGN_TRACKING") == "off":
         return Run()
+    # MLflow tries a server that does not answer for minutes, and each stage would wait for it.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     import logging
 
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     from mlflow.entities import Param, RunTag
     from mlflow.tracking import MlflowClient
 
+    # After the import, which sets MLflow's own level.
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     uri = tracking_uri(profile.root)
     if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        _check_sqlite(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
     client = MlflowClient(tracking_uri=uri)
     name = f"fgalign-{profile.name}"
     experiment = client.get_experiment_by_name(name)
@@ -119,6 +123,17 @@ def _open(profile: Profile, stage: str, seed: int | None, params: Mapping[str, A
         tags=[RunTag(key, str(value)[:4000]) for key, value in tags.items()],
     )
     return Run(client, run.info.run_id)
+
+
+def _check_sqlite(path: Path) -> None:
+    """Raise at once if the store cannot be written; MLflow would try again for minutes."""
+    import sqlite3
+    from contextlib import closing
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
 
 
 def _tags(profile: Profile, stage: str, seed: int | None) -> dict[str, Any]:
@@ -184,8 +199,6 @@ def _safely(action: Callable[[], Any]) -> Any:
     except Exception as error:
         if not _warned:
             _warned = True
-            print(
-                f"tracking: MLflow failed ({type(error).__name__}: {error}); the work goes on untracked",
-                file=sys.stderr,
-            )
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            print(f"tracking: MLflow failed ({reason}); the work goes on untracked", file=sys.stderr)
         return None

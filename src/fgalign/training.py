@@ -34,6 +34,7 @@ class OptimConfig(Section):
     warmup_steps: int = 0
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     weight_decay: float = 0.0
+    adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     sampling: Literal["random", "group_by_length"] = "random"
@@ -54,6 +55,7 @@ def trainer_arguments(optim: OptimConfig, *, output_dir: Path, seed: int, device
         "warmup_steps": optim.warmup_steps,
         "lr_scheduler_type": optim.schedule,
         "weight_decay": optim.weight_decay,
+        "adam_beta2": optim.adam_beta2,
         "max_grad_norm": optim.max_grad_norm,
         "bf16": bf16,
         "use_cpu": device == "cpu",

@@ -5,7 +5,8 @@
     trainer = FIGATrainer(model, args=FIGAConfig(output_dir="out"), train_dataset=dataset, processing_class=tokenizer)
 
 with the columns of ``LabelledPair``. Logged beside the loss: ``figa/weighted_tokens`` (tokens with a weight, in the
-last step), ``figa/dropped_tokens`` (penalties that the threshold dropped).
+last step), ``figa/dropped_tokens`` (penalties that the threshold dropped in it), ``figa/empty_batches`` (forward passes
+so far in which no token had a weight).
 """
 
 from __future__ import annotations
@@ -137,8 +138,7 @@ class FIGATrainer(Trainer):
         # (older transformers ask the second attribute).
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self._counts: dict[str, float] = {}
-        self._empty_batches = 0
+        self._counts = dict.fromkeys(("figa/weighted_tokens", "figa/dropped_tokens", "figa/empty_batches"), 0.0)
 
     def loss(self, model: Any, inputs: dict[str, Tensor], normalizer: Tensor | float | None = None) -> FigaLoss:
         """The FIGA loss of one collated batch. Only columns in which some row has a weight reach the output layer."""
@@ -171,12 +171,10 @@ class FIGATrainer(Trainer):
                 f"FIGA loss is {result.loss.item()} at step {self.state.global_step}; expected a finite number: "
                 "lower the learning rate, or set a threshold so that penalties end"
             )
-        self._empty_batches += int(result.weighted_tokens == 0)
-        self._counts = {
-            "figa/weighted_tokens": float(result.weighted_tokens),
-            "figa/dropped_tokens": float(result.dropped_tokens),
-            "figa/empty_batches": float(self._empty_batches),
-        }
+        if model.training:
+            self._counts["figa/weighted_tokens"] += float(result.weighted_tokens)
+            self._counts["figa/dropped_tokens"] += float(result.dropped_tokens)
+            self._counts["figa/empty_batches"] += float(result.weighted_tokens == 0)
         return (result.loss, {}) if return_outputs else result.loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -184,6 +182,7 @@ class FIGATrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        self._counts |= {"figa/weighted_tokens": 0.0, "figa/dropped_tokens": 0.0}
         if len(batches) == 1 and self.args.world_size == 1:
             return batches, None
         count = torch.zeros((), device=self.args.device)

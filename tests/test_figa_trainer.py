@@ -1,0 +1,291 @@
+"""FIGATrainer: the collator by hand, the loss against a plain loop over methods' formula, equivalences of batching."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import tensor
+
+from fgalign.errors import ConfigError, TrainingError
+from fgalign.labels import LabelConfig, label_edits
+from fgalign.losses.figa import figa_loss
+from fgalign.methods.figa import FIGACollator, FIGAConfig, FIGATrainer, FilterConfig, keep_pairs
+from fgalign.schema import Edit
+from fgalign.tensor_ops import token_logps
+
+EDITS = [
+    ("where is the cat?", "the cat sat on the log", "the cat sat on the mat"),
+    ("who?", "a dog", "a cat and a dog"),
+    ("what is red?", "the mat and the log are red", "the mat is red"),
+    ("say it", "the dog is the dog", "the dog is here"),
+    ("the log?", "red", "brown"),
+    ("a mat?", "a mat is on the log", "the mat is on the log"),
+    ("cat?", "cat", "the cat is here"),
+    ("and?", "the log is red and the mat is brown", "the log is brown and the mat is red"),
+]
+# A random model gives each token an NLL of about ln 280 = 5.6 nats; this threshold drops about half of the penalties.
+THRESHOLD = 5.6
+
+
+def close(found, expected, tolerance=1e-6):
+    torch.testing.assert_close(found, torch.as_tensor(expected), rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer):
+    edits = [Edit(id=str(n), prompt=p, initial=i, revised=r) for n, (p, i, r) in enumerate(EDITS)]
+    return [pair.model_dump() for pair in label_edits(tokenizer, edits, LabelConfig())]
+
+
+@pytest.fixture
+def make_trainer(make_model, tokenizer, pairs, tmp_path):
+    def make(model=None, peft_config=None, data=pairs, **config):
+        settings = {
+            "output_dir": str(tmp_path), "threshold": THRESHOLD, "per_device_train_batch_size": 8, "max_steps": 1,
+            "learning_rate": 0.1, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0,
+            "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1,
+        }  # fmt: skip
+        return FIGATrainer(
+            model or make_model(
+                vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+            ),
+            args=FIGAConfig(**{**settings, **config}),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )  # fmt: skip
+
+    return make
+
+
+def parameters(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+# --- collator ---------------------------------------------------------------------------------------------------------
+
+
+def test_collator():
+    # The end token is 1. Pair a: its initial response's end was "edited" (label -1), its revised one's was not.
+    # Pair b: the initial response was cut off, its last token is a bad token like others; the revised one was too.
+    examples = [
+        {
+            "id": "a", "prompt_ids": [5, 6], "initial_ids": [7, 8, 1], "initial_labels": [-1, 0, -1],
+            "revised_ids": [9, 1], "revised_labels": [1, 0],
+        },
+        {
+            "id": "b", "prompt_ids": [5], "initial_ids": [7, 8], "initial_labels": [0, -1],
+            "revised_ids": [9, 10, 1, 7], "revised_labels": [0, 1, 0, 0],
+        },
+    ]  # fmt: skip
+    batch = FIGACollator(pad_token_id=0, eos_token_id=1, max_length=5, alpha=2.0, beta=0.5, gamma=0.25)(examples)
+    assert batch["input_ids"].tolist() == [[5, 6, 9, 1, 0], [5, 9, 10, 1, 7], [5, 6, 7, 8, 1], [5, 7, 8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5, [1] * 5, [1, 1, 1, 0, 0]]
+    # Weights of predicting tokens 1 to 4; nothing for prompts and padding, gamma for a revised response's other tokens.
+    assert batch["weights"].tolist() == [
+        [0.0, 2.0, 2.0, 0.0],
+        [0.25, 2.0, 0.25, 0.25],
+        [0.0, -0.5, 0.0, 0.0],
+        [0.0, -0.5, 0.0, 0.0],
+    ]
+
+
+def test_pair_longer_than_allowed(make_trainer, pairs):
+    longest = max(len(p["prompt_ids"]) + max(len(p["initial_ids"]), len(p["revised_ids"])) for p in pairs)
+    make_trainer(max_length=longest).data_collator(pairs)
+    with pytest.raises(TrainingError, match=rf"pair '7': prompt and .* response have {longest} tokens, more than"):
+        make_trainer(max_length=longest - 1).data_collator(pairs)
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+def plain_loss(model, pairs, eos, *, alpha, beta, gamma, threshold, reading):
+    """methods.md's formula, token by token, row by row, in Python floats. Also counts (weighted, dropped)."""
+    total, weighted, dropped = 0.0, 0, 0
+    for pair in pairs:
+        for side in ("revised", "initial"):
+            prompt, ids, labels = pair["prompt_ids"], pair[f"{side}_ids"], pair[f"{side}_labels"]
+            logps = model(input_ids=tensor([prompt + ids])).logits[0].double().log_softmax(-1)
+            for t, (token, label) in enumerate(zip(ids, labels, strict=True)):
+                logp = logps[len(prompt) + t - 1, token].item()
+                is_end = t == len(ids) - 1 and token == eos
+                if side == "revised":
+                    r = alpha if label == 1 or is_end else gamma
+                    total -= r * logp
+                else:
+                    r = beta if label == -1 and not is_end else 0.0
+                    likely = -logp <= threshold if reading == "nll" else math.exp(logp) >= threshold
+                    if r and not likely:
+                        r = 0.0
+                        dropped += 1
+                    total += r * logp
+                weighted += r != 0
+    return total / weighted, weighted, dropped
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 1.0, "beta": 0.5, "gamma": 0.0, "threshold": THRESHOLD, "reading": "nll"},
+        {"alpha": 1.5, "beta": 0.7, "gamma": 0.2, "threshold": THRESHOLD, "reading": "nll"},
+        {"alpha": 1.0, "beta": 0.5, "gamma": 0.1, "threshold": math.exp(-THRESHOLD), "reading": "probability"},
+    ],
+)
+def test_loss_is_the_formula(make_trainer, pairs, tokenizer, options):
+    arguments = {("threshold_reading" if name == "reading" else name): value for name, value in options.items()}
+    trainer = make_trainer(**arguments)
+    expected, weighted, dropped = plain_loss(trainer.model, pairs, tokenizer.eos_token_id, **options)
+    result = trainer.loss(trainer.model, trainer.data_collator(pairs))
+    assert result.loss.item() == pytest.approx(expected, abs=2e-6)
+    assert (int(result.weighted_tokens), int(result.dropped_tokens)) == (weighted, dropped)
+    assert 0 < dropped < sum(label == -1 for pair in pairs for label in pair["initial_labels"])
+
+
+def test_only_weighted_columns_equal_all_columns(make_trainer, pairs):
+    trainer = make_trainer()
+    batch = trainer.data_collator(pairs)
+    some = trainer.loss(trainer.model, batch)
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logps = token_logps(logits[:, :-1], batch["input_ids"][:, 1:])
+    every = figa_loss(logps, batch["weights"], threshold=THRESHOLD)
+    assert some.loss.item() == pytest.approx(every.loss.item(), abs=1e-6)
+    assert some[1:] == every[1:]
+    weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    for a, b in zip(torch.autograd.grad(some.loss, weights), torch.autograd.grad(every.loss, weights), strict=True):
+        close(a, b)
+
+
+def test_batch_without_weights(make_trainer, pairs):
+    trainer = make_trainer(alpha=0.0, beta=0.0)
+    before = parameters(trainer.model)
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+    entry = trainer.state.log_history[0]
+    assert (entry["loss"], entry["figa/weighted_tokens"], entry["figa/empty_batches"]) == (0, 0, 1)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_step_is_the_gradient_of_the_formula(make_trainer, pairs):
+    trainer = make_trainer()
+    before = parameters(trainer.model)
+    loss = trainer.loss(trainer.model, trainer.data_collator(pairs)).loss
+    gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
+    trainer.train()
+    for (name, value), gradient in zip(trainer.model.named_parameters(), gradients, strict=True):
+        close(value.detach(), before[name] - 0.1 * gradient)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(1, 8), (2, 4), (3, 3)])
+def test_accumulation_equals_one_batch(make_trainer, size, accumulation):
+    whole = make_trainer()
+    whole.train()
+    parts = make_trainer(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
+    parts.train()
+    assert parts.state.global_step == 1
+    for (name, a), b in zip(parts.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert (a - b).abs().max() < 2e-7, name
+    ours, theirs = parts.state.log_history[0], whole.state.log_history[0]
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+    for name in ("figa/weighted_tokens", "figa/dropped_tokens", "figa/empty_batches"):
+        assert ours[name] == theirs[name], name
+    assert ours["figa/dropped_tokens"] > 0
+
+
+def test_accumulation_over_several_steps(make_trainer):
+    # Three epochs of 8 pairs, 4 a step: the second half of an epoch is a step of its own, with its own count.
+    trainers = [
+        make_trainer(per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, max_steps=6)
+        for size in (4, 1)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    first, second = trainers
+    for (name, a), b in zip(first.model.named_parameters(), second.model.parameters(), strict=True):
+        assert (a - b).abs().max() < 2e-6, name
+    counts = [[entry["figa/weighted_tokens"] for entry in t.state.log_history if "loss" in entry] for t in trainers]
+    assert counts[0] == counts[1] and len(counts[0]) == 6
+
+
+def test_training_lowers_the_loss_and_raises_the_margin(make_trainer, pairs):
+    from datasets import Dataset
+
+    trainer = make_trainer(data=Dataset.from_list(pairs), max_steps=30, learning_rate=5e-3, optim="adamw_torch")
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_same_seed_same_model(make_trainer):
+    results = []
+    for _ in range(2):
+        trainer = make_trainer(per_device_train_batch_size=2, max_steps=4)
+        trainer.train()
+        results.append(parameters(trainer.model))
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_lora(make_trainer, tmp_path, tokenizer):
+    from peft import LoraConfig
+
+    from fgalign.modeling import load_causal_lm, save_model
+
+    trainer = make_trainer(
+        peft_config=LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM"), max_steps=3
+    )
+    before = parameters(trainer.model)
+    trainer.train()
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved and all("lora_" in name for name in moved)
+    ids = tensor([[5, 6, 7]])
+    trained = trainer.model.eval()(input_ids=ids).logits.detach()
+    save_model(trainer.model, tokenizer, tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert not list((tmp_path / "merged").glob("adapter*"))
+    close(load_causal_lm(tmp_path / "merged")(input_ids=ids).logits.detach(), trained, 1e-5)
+
+
+def test_loss_that_is_not_finite(make_trainer, make_model, tokenizer):
+    model = make_model(vocab_size=len(tokenizer))
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(TrainingError, match="FIGA loss is nan at step 0; expected a finite number: lower the learning"):
+        make_trainer(model).train()
+
+
+def test_unknown_reading(make_trainer):
+    with pytest.raises(ConfigError, match="threshold_reading: expected 'nll' or 'probability', found 'p'"):
+        make_trainer(threshold_reading="p")
+
+
+# --- filter -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({}, [True, True, True]),
+        # Raw rewards: initial 0, 2, 1; revised 4, 2, 3.
+        ({"unit": "raw", "eta1": 1.0}, [True, False, False]),  # R(initial) < 1, strictly
+        ({"unit": "raw", "eta2": 3.0}, [True, False, False]),  # R(revised) > 3, strictly
+        ({"unit": "raw", "eta3": 2.0}, [True, False, False]),  # gaps 4, 0, 2
+        ({"unit": "raw", "eta1": 1.5, "eta2": 2.5, "eta3": 1.0}, [True, False, True]),
+        # Mean 2, variance (4 + 0 + 1 + 4 + 0 + 1) / 6 = 5/3, deviation 1.290994: initial -1.549, 0, -0.775;
+        # revised 1.549, 0, 0.775; gaps 3.098, 0, 1.549.
+        ({"eta1": -0.775}, [True, False, False]),
+        ({"eta1": -0.774}, [True, False, True]),
+        ({"eta2": 0.774}, [True, False, True]),
+        ({"eta3": 1.548}, [True, False, True]),
+        ({"eta3": 1.550}, [True, False, False]),
+        ({"eta3": 3.099}, [False, False, False]),
+    ],
+)
+def test_filter(config, kept):
+    found = keep_pairs(tensor([0.0, 2.0, 1.0]), tensor([4.0, 2.0, 3.0]), FilterConfig(**config))
+    # -1 / 1.290994 = -0.774597, so -0.775 is below it and -0.774 above.
+    assert found.tolist() == kept

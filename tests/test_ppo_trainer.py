@@ -1,0 +1,613 @@
+"""FineGrainedPPOTrainer: its documented steps against plain loops, its equivalences and errors, and that it learns."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import tensor
+
+from fgalign.errors import ConfigError, TrainingError
+from fgalign.modeling import load_causal_lm
+from fgalign.ppo_trainer import GLOSSARY, Experience, FineGrainedPPOConfig, FineGrainedPPOTrainer
+from fgalign.rollout import Rollout, response_logps
+
+WANTED = 7
+PROMPTS = [[2 + (3 * n + k) % 28 for k in range(1 + n % 4)] for n in range(12)]
+
+
+def close(found, expected, tolerance=1e-5):
+    torch.testing.assert_close(found, torch.as_tensor(expected), rtol=0, atol=tolerance)
+
+
+def share(rollout):
+    """A score a response: the share of its tokens that are the wanted one."""
+    return ((rollout.response_ids == WANTED) & rollout.response_mask).sum(1) / rollout.response_mask.sum(1)
+
+
+def count(rollout):
+    """A reward a token: 1 for the wanted one, and something that no one may read outside the response."""
+    return (rollout.response_ids == WANTED).float().where(rollout.response_mask, tensor(math.nan))
+
+
+def at_last_token(rollout):
+    """The scores of ``share`` as rewards a token, all zero but the last."""
+    rewards = torch.zeros(rollout.response_mask.shape)
+    for row, score in enumerate(share(rollout).tolist()):
+        rewards[row, int(rollout.response_mask[row].sum()) - 1] = score
+    return rewards
+
+
+@pytest.fixture
+def make_trainer(make_model, ids, tmp_path):
+    def make(reward=share, model=None, ref_model="same", critic=None, peft_config=None, log=None, **config):
+        # The class's defaults, but small; the wide learning rate makes the policy move within a few updates.
+        settings = {
+            "output_dir": str(tmp_path / "out"), "updates": 2, "rollout_batch_size": 8, "epochs": 2,
+            "minibatch_size": 4, "learning_rate": 1e-2, "response_length": 6, "calibration_prompts": 12,
+            "use_cpu": True,
+        }  # fmt: skip
+        return FineGrainedPPOTrainer(
+            model or make_model(0),
+            make_model(0) if ref_model == "same" else ref_model,
+            reward,
+            FineGrainedPPOConfig(**{**settings, **config}),
+            PROMPTS,
+            ids,
+            value_model=critic,
+            peft_config=peft_config,
+            log=log,
+        )
+
+    return make
+
+
+def trained(trainer):
+    """All parameters after training."""
+    trainer.train()
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def lora(dropout=0.0):
+    from peft import LoraConfig
+
+    return LoraConfig(r=2, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+# --- the documented steps, by plain loops -----------------------------------------------------------------------------
+
+
+def fixed_rollout():
+    """Three responses: one ended, one cut off, one that ended at once."""
+    return Rollout(
+        tensor([[2, 3, 4], [0, 5, 6], [0, 0, 8]]),
+        tensor([[True] * 3, [False, True, True], [False, False, True]]),
+        tensor([[7, 9, 1, 0], [7, 7, 10, 11], [1, 0, 0, 0]]),
+        tensor([[True, True, True, False], [True] * 4, [True, False, False, False]]),
+        tensor([False, True, False]),
+    )
+
+
+def rows_of(rollout):
+    return [
+        (rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist(), response)
+        for row, response in enumerate(rollout.response_lists())
+    ]
+
+
+def plain_logps(model, prompt, response, temperature):
+    logits = model(input_ids=tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1)[range(len(response)), response]
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("whitened", [False, True])
+def test_experience(make_trainer, make_model, level, estimator, whitened):
+    scores = [0.5, -1.0, 2.0]
+    tokens = [[0.1, -0.2, 0.3], [0.0, 1.0, -1.0, 0.5], [0.7]]
+    padded = tensor([row + [math.nan] * (4 - len(row)) for row in tokens])
+    trainer = make_trainer(
+        (lambda rollout: tensor(scores)) if level == "sequence" else (lambda rollout: padded),
+        ref_model=make_model(5), temperature=1.5, gamma=0.9, lam=0.8, kl_coef=0.3, kl_estimator=estimator,
+        missing_eos_penalty=0.4, whiten_rewards=whitened, whiten_advantages=whitened, rollout_batch_size=3,
+        minibatch_size=3,
+    )  # fmt: skip
+    trainer.reward_factor = 2.0
+    head = trainer.model.value_head
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    head.bias.data.fill_(0.3)
+    rollout = fixed_rollout()
+    experience, statistics = trainer.make_experience(rollout)
+
+    rows, policy, reference = rows_of(rollout), trainer.policy, trainer.ref_model
+    logps = [plain_logps(policy, *row, 1.5) for row in rows]
+    differences = [old - plain_logps(reference, *row, 1.5) for old, row in zip(logps, rows, strict=True)]
+    paid = []
+    for row, (_, response) in enumerate(rows):
+        rewards = [0.0] * len(response) if level == "sequence" else list(tokens[row])
+        if level == "sequence":
+            rewards[-1] = scores[row]
+        rewards = [2.0 * value for value in rewards]
+        if row == 1:
+            rewards[-1] -= 0.4
+        paid.append(rewards)
+    if whitened:
+        every = tensor([value for rewards in paid for value in rewards])
+        deviation = float(every.var(correction=0).add(1e-8).sqrt())
+        paid = [[value / deviation for value in rewards] for rewards in paid]
+    advantages, returns, shaped_sum = [], [], 0.0
+    for (prompt, response), rewards, difference in zip(rows, paid, differences, strict=True):
+        states = policy(input_ids=tensor([prompt + response]), output_hidden_states=True).hidden_states[-1][0]
+        values = head(states[len(prompt) - 1 : -1])[:, 0].tolist()
+        kl = {
+            "k1": difference,
+            "k2": difference**2 / 2,
+            "k3": (-difference).exp() - 1 + difference,
+        }[estimator].tolist()
+        shaped = [reward - 0.3 * nats for reward, nats in zip(rewards, kl, strict=True)]
+        shaped_sum += sum(shaped)
+        row_advantages, running = [0.0] * len(response), 0.0
+        for t in reversed(range(len(response))):
+            after = values[t + 1] if t + 1 < len(response) else 0.0
+            running = shaped[t] + 0.9 * after - values[t] + 0.9 * 0.8 * running
+            row_advantages[t] = running
+        advantages.append(row_advantages)
+        returns.append([a + v for a, v in zip(row_advantages, values, strict=True)])
+    if whitened:
+        every = tensor([value for row in advantages for value in row])
+        centre, deviation = float(every.mean()), float(every.var(correction=0).add(1e-8).sqrt())
+        advantages = [[(value - centre) / deviation for value in row] for row in advantages]
+    for row, (_, response) in enumerate(rows):
+        close(experience.old_logps[row, : len(response)], logps[row].detach())
+        close(experience.advantages[row, : len(response)], advantages[row], 1e-4)
+        close(experience.returns[row, : len(response)], returns[row], 1e-4)
+        assert experience.advantages[row, len(response) :].abs().sum() == 0
+
+    score = scores if level == "sequence" else [sum(row) for row in tokens]
+    mean = sum(score) / 3
+    assert statistics["reward/score"] == pytest.approx(mean, abs=1e-6)
+    assert statistics["reward/score_std"] == pytest.approx(math.sqrt(sum((s - mean) ** 2 for s in score) / 3), abs=1e-6)
+    # 8 tokens in all; scaled by 2.
+    assert statistics["reward/token"] == pytest.approx(2 * sum(score) / 8, abs=1e-6)
+    assert statistics["reward/shaped"] == pytest.approx(shaped_sum / 3, abs=1e-4)
+    # In nats of log pi - log pi_ref, whatever estimator is paid.
+    assert statistics["kl/response"] == pytest.approx(sum(d.sum().item() for d in differences) / 3, abs=1e-4)
+    assert statistics["response/tokens"] == pytest.approx(8 / 3)
+    assert statistics["response/truncated"] == pytest.approx(1 / 3)
+
+
+def test_value_head_starts_at_zero(make_trainer):
+    trainer = make_trainer()
+    experience, statistics = trainer.make_experience(fixed_rollout())
+    assert experience.old_values.abs().max() == 0
+    assert statistics["value/explained_variance"] == 0
+    trainer.train()
+    assert trainer.model.value_head.weight.abs().max() > 0
+
+
+def test_first_loss_is_minus_the_mean_advantage(make_trainer):
+    # Nothing has moved yet: every ratio is 1, nothing is clipped, and whitened advantages have mean 0.
+    trainer = make_trainer(epochs=1, rollout_batch_size=8, minibatch_size=8, updates=1)
+    statistics = trainer.step(1)
+    assert statistics["policy/loss"] == pytest.approx(0, abs=1e-6)
+    assert statistics["policy/approximate_kl"] == pytest.approx(0, abs=1e-6)
+    assert statistics["policy/clip_fraction"] == statistics["value/clip_fraction"] == 0
+
+
+def moved_trainer(make_trainer, make_model, **config):
+    """A trainer whose policy and values are no longer those that made the experience, and the experience."""
+    trainer = make_trainer(**config)
+    experience, _ = trainer.make_experience(trainer.sample(PROMPTS[:8]))
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    return trainer, experience
+
+
+def gradients_of_minibatch(trainer, experience, chunk):
+    """Statistics of one optimiser step and the gradients it would have used."""
+    found = {}
+
+    def keep(*args, **kwargs):
+        for name, value in trainer.model.named_parameters():
+            found[name] = value.grad.clone()
+
+    trainer.optimizer.step = keep
+    return trainer.minibatch_step(experience, chunk), found
+
+
+CHUNK = tensor([5, 0, 7, 2, 3])
+
+
+def test_minibatch_loss(make_trainer, make_model):
+    config = {"clip_range": 0.05, "clip_range_value": 0.1, "max_grad_norm": 1e9, "temperature": 1.3}
+    trainer, experience = moved_trainer(make_trainer, make_model, **config)
+    rows = rows_of(experience.rollout)
+    policy, value, policy_clipped, value_clipped, kl, tokens = 0.0, 0.0, 0, 0, 0.0, 0
+    for row in CHUNK.tolist():
+        prompt, response = rows[row]
+        logps = plain_logps(trainer.policy, prompt, response, 1.3).tolist()
+        states = trainer.policy(input_ids=tensor([prompt + response]), output_hidden_states=True).hidden_states[-1][0]
+        values = trainer.model.value_head(states[len(prompt) - 1 : -1])[:, 0].tolist()
+        for t, (logp, v) in enumerate(zip(logps, values, strict=True)):
+            old, old_v, a, target = (
+                float(field[row, t])
+                for field in (experience.old_logps, experience.old_values, experience.advantages, experience.returns)
+            )
+            ratio = math.exp(logp - old)
+            plain, clipped = -a * ratio, -a * min(max(ratio, 0.95), 1.05)
+            policy += max(plain, clipped)
+            policy_clipped += clipped > plain
+            bounded = min(max(v, old_v - 0.1), old_v + 0.1)
+            value += max((v - target) ** 2, (bounded - target) ** 2) / 2
+            value_clipped += (bounded - target) ** 2 > (v - target) ** 2
+            kl += ratio - 1 - (logp - old)
+            tokens += 1
+    statistics, _ = gradients_of_minibatch(trainer, experience, CHUNK)
+    assert statistics["policy/loss"] == pytest.approx(policy / tokens, abs=1e-5)
+    assert statistics["value/loss"] == pytest.approx(value / tokens, abs=1e-5)
+    assert statistics["policy/clip_fraction"] == pytest.approx(policy_clipped / tokens, abs=1e-6)
+    assert statistics["value/clip_fraction"] == pytest.approx(value_clipped / tokens, abs=1e-6)
+    assert statistics["policy/approximate_kl"] == pytest.approx(kl / tokens, abs=1e-5)
+    assert policy_clipped and value_clipped and policy_clipped < tokens and value_clipped < tokens
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_microbatches_equal_the_minibatch(make_trainer, make_model, size):
+    results = []
+    for microbatch in (None, size):
+        trainer, experience = moved_trainer(make_trainer, make_model, microbatch_size=microbatch, max_grad_norm=1e9)
+        results.append(gradients_of_minibatch(trainer, experience, CHUNK))
+    (whole, expected), (parts, found) = results
+    for name, gradient in expected.items():
+        close(found[name], gradient, 2e-6)
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, abs=1e-5), name
+
+
+def test_gradient_is_clipped(make_trainer, make_model):
+    trainer, experience = moved_trainer(make_trainer, make_model, max_grad_norm=1e9)
+    statistics, _ = gradients_of_minibatch(trainer, experience, CHUNK)
+    limit = statistics["gradient/norm"] / 2
+    trainer, experience = moved_trainer(make_trainer, make_model, max_grad_norm=limit)
+    statistics, gradients = gradients_of_minibatch(trainer, experience, CHUNK)
+    assert statistics["gradient/norm"] == pytest.approx(2 * limit, rel=1e-5)  # the norm before clipping
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+    assert norm == pytest.approx(limit, rel=1e-4)
+
+
+# --- equivalences -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"whiten_rewards": True, "reward_scale": "none"}])
+def test_reward_at_the_last_token_equals_the_sequence_reward(make_trainer, options):
+    logs = []
+    results = [
+        trained(make_trainer(reward, log=lambda statistics, update: logs.append(statistics), **options))
+        for reward in (share, at_last_token)
+    ]
+    assert same(*results)
+    for a, b in zip(logs[:2], logs[2:], strict=True):
+        assert {k: v for k, v in a.items() if "time" not in k} == {k: v for k, v in b.items() if "time" not in k}
+
+
+def test_a_reward_elsewhere_is_another_reward(make_trainer):
+    # The same total, at the first token: the equality above is not because rewards do nothing.
+    def at_first_token(rollout):
+        return torch.cat([share(rollout)[:, None], torch.zeros_like(rollout.response_mask[:, 1:])], 1)
+
+    assert not same(trained(make_trainer(share, gamma=0.9)), trained(make_trainer(at_first_token, gamma=0.9)))
+
+
+def test_same_seed_same_parameters(make_trainer):
+    first, again, other = (trained(make_trainer(count, seed=seed)) for seed in (1, 1, 2))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(make_trainer):
+    results, calls = [], []
+    for checkpointing in (False, True):
+        trainer = make_trainer(count, gradient_checkpointing=checkpointing, updates=1)
+        forwards = []
+        trainer.policy.model.layers[0].input_layernorm.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
+        rollout = trainer.sample(PROMPTS[:8])
+        experience, _ = trainer.make_experience(rollout)
+        forwards.clear()
+        trainer.update(experience)
+        calls.append(len(forwards))
+        results.append({name: value.detach().clone() for name, value in trainer.model.named_parameters()})
+    assert calls == [4, 8]  # 2 epochs of 2 minibatches; each layer runs again for the backward pass
+    for name, value in results[0].items():
+        close(results[1][name], value, 1e-5)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_dropout_is_off(make_trainer, make_model, adapter):
+    # Dropout would make the old policy differ from itself; the first ratios must be 1.
+    model = make_model(0, attention_dropout=0.5).train()
+    trainer = make_trainer(
+        model=model, epochs=1, minibatch_size=8, updates=1, ref_model=None if adapter else "same",
+        peft_config=lora(dropout=0.5) if adapter else None, gradient_checkpointing=not adapter,
+    )  # fmt: skip
+    if adapter:
+        for name, parameter in trainer.policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(0))
+    assert trainer.step(1)["policy/approximate_kl"] == pytest.approx(0, abs=1e-7)
+
+
+# --- statistics, schedules, options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kl_controller": "adaptive", "reward_scale": "none"}, {"clip_range_value": None}]
+)
+def test_every_statistic_is_in_the_glossary_and_back(make_trainer, options):
+    logs = {}
+    trainer = make_trainer(log=lambda statistics, update: logs.update({update: statistics}), **options)
+    trainer.train()
+    assert list(logs) == [1, 2]
+    for statistics in logs.values():
+        assert set(statistics) == set(GLOSSARY)
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in statistics.values())
+    # 2 epochs of 2 minibatches a round.
+    assert [logs[update]["count/gradient_updates"] for update in logs] == [4, 8]
+    tokens = [logs[update]["response/tokens"] * 8 for update in logs]
+    assert [logs[update]["count/response_tokens"] for update in logs] == [tokens[0], sum(tokens)]
+    assert all(text.strip() for text in GLOSSARY.values())
+
+
+def test_callbacks_are_told_each_update(make_trainer):
+    seen = []
+    trainer = make_trainer()
+    trainer._callbacks.append(lambda who, update: seen.append((who is trainer, update, who.gradient_updates)))
+    trainer.train()
+    assert seen == [(True, 0, 0), (True, 1, 4), (True, 2, 8)]
+
+
+@pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1]),
+        ({"warmup_updates": 2}, [1 / 2, 1, 1, 1, 1, 1]),
+        # After the warm-up the four updates left fall in equal steps from the full rate towards 0.
+        ({"warmup_updates": 2, "schedule": "linear"}, [1 / 2, 1, 1, 3 / 4, 1 / 2, 1 / 4]),
+        ({"schedule": "linear"}, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+    ],
+)
+def test_learning_rate(make_trainer, options, factors):
+    trainer = make_trainer(updates=6, value_learning_rate=3e-2, **options)
+    found = []
+    for update in range(1, 7):
+        trainer._set_learning_rate(update)
+        found.append([group["lr"] for group in trainer.optimizer.param_groups])
+    close(tensor(found), [[1e-2 * factor, 3e-2 * factor] for factor in factors], 1e-9)
+
+
+def test_value_learning_rate_of_zero(make_trainer):
+    trainer = make_trainer(value_learning_rate=0.0)
+    trainer.train()
+    assert trainer.model.value_head.weight.abs().max() == 0
+
+
+def test_weight_decay(make_trainer):
+    # With a learning rate of 0.01 and decay of 10, a parameter without gradient shrinks by 0.9 at each of 4 steps.
+    trainer = make_trainer(weight_decay=10.0, updates=1)
+    before = trainer.policy.model.embed_tokens.weight.detach().clone()
+    used = []
+    trainer.reward = lambda rollout: used.append(rollout.input_ids.flatten()) or share(rollout)
+    trainer.train()
+    unused = ~torch.isin(torch.arange(30), torch.cat(used))
+    assert bool(unused.any())
+    close(trainer.policy.model.embed_tokens.weight[unused].detach(), 0.9**4 * before[unused], 1e-6)
+
+
+def test_prompts_come_once_a_pass(make_trainer):
+    trainer = make_trainer()
+    drawn = [tuple(prompt) for _ in range(3) for prompt in trainer._next_prompts()]
+    passes = [sorted(drawn[:12]), sorted(drawn[12:])]
+    assert passes == [sorted(map(tuple, PROMPTS))] * 2
+    assert drawn[:12] != drawn[12:]
+
+
+def test_reward_scale(make_trainer):
+    # The factor is 1 / deviation of the scores, so a reward ten times as large trains the same model.
+    one, ten = (make_trainer(lambda rollout, k=k: k * share(rollout)) for k in (1, 10))
+    results = [trained(one), trained(ten)]
+    assert one.reward_factor == pytest.approx(10 * ten.reward_factor, rel=1e-5)
+    for name, value in results[0].items():
+        close(results[1][name], value, 1e-3)
+    scores = []
+    trainer = make_trainer(lambda rollout: scores.append(share(rollout)) or share(rollout))
+    factor = trainer._calibrate()
+    assert sum(len(score) for score in scores) == 12
+    assert factor == pytest.approx(1 / float(torch.cat(scores).std(correction=0)), rel=1e-5)
+    trainer = make_trainer(reward_scale="none")
+    trainer.train()
+    assert trainer.reward_factor == 1.0
+
+
+def test_adaptive_coefficient(make_trainer):
+    logs = []
+    trainer = make_trainer(
+        kl_controller="adaptive", kl_coef=0.1, kl_target=1e-3, kl_horizon=100.0, updates=3,
+        log=lambda statistics, update: logs.append(statistics),
+    )  # fmt: skip
+    trainer.train()
+    # 8 responses a round: * 1.016 where the KL is above the target, * 0.984 where it is below (as in the first round,
+    # where it is 0); the coefficient that is logged is the one that was paid.
+    expected = [0.1]
+    for statistics in logs:
+        expected.append(expected[-1] * (1.016 if statistics["kl/response"] > 1.2e-3 else 0.984))
+    assert [statistics["kl/coef"] for statistics in logs] == pytest.approx(expected[:3], rel=1e-6)
+    assert trainer.kl_controller.value == pytest.approx(expected[3], rel=1e-6)
+    assert logs[1]["kl/response"] > 1.2e-3
+
+
+def test_kl_penalty_holds_the_policy_back(make_trainer):
+    kl = []
+    for coefficient in (0.0, 2.0):
+        logs = []
+        make_trainer(
+            count, kl_coef=coefficient, learning_rate=3e-3, updates=12, log=lambda s, _, logs=logs: logs.append(s)
+        ).train()
+        kl.append(logs[-1]["kl/response"])
+    assert kl[1] < kl[0] / 2
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_separate_value_model(make_trainer, make_model, tmp_path):
+    critic = make_model(3, kind="token", num_labels=1)
+    trainer = make_trainer(count, critic=critic, value_model="separate")
+    experience, _ = trainer.make_experience(fixed_rollout())
+    for row, (prompt, response) in enumerate(rows_of(fixed_rollout())):
+        values = critic(input_ids=tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, 0]
+        close(experience.old_values[row, : len(response)], values.detach())
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    after = trained(trainer)
+    for part in ("policy.", "value_model."):
+        assert not same(*({k: v for k, v in where.items() if k.startswith(part)} for where in (before, after)))
+    trainer.save_model()
+    rollout = fixed_rollout()
+    expected = response_logps(trainer.policy, rollout).detach()
+    close(response_logps(load_causal_lm(tmp_path / "out"), rollout).detach(), expected, 1e-6)
+
+
+def test_value_head_disturbs_no_policy_gradient(make_trainer):
+    # With value_coef 0 the head learns nothing, and the policy learns from the policy loss alone.
+    trainer = make_trainer(count, value_coef=0.0)
+    trainer.train()
+    assert trainer.model.value_head.weight.abs().max() == 0
+
+
+def test_bf16(make_trainer):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        logs = []
+        trainer = make_trainer(bf16=True, log=lambda statistics, update: logs.append(statistics))
+        trainer.train()
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+        assert all(math.isfinite(value) for value in logs[-1].values())
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_lora(make_trainer, make_model, tmp_path):
+    base = make_model(0)
+    trainer = make_trainer(count, ref_model=None, peft_config=lora(), updates=3)
+    rollout = fixed_rollout()
+    mask = rollout.response_mask
+    before = response_logps(base, rollout)[mask].detach()
+    close(trainer.ref_logps(rollout)[mask], before)
+    start = {name: value.detach().clone() for name, value in trainer.policy.named_parameters()}
+    trainer.train()
+    moved = {name for name, value in trainer.policy.named_parameters() if not torch.equal(value, start[name])}
+    assert moved and all("lora_" in name for name in moved)
+    close(trainer.ref_logps(rollout)[mask], before)  # still the model without its adapter
+    after = response_logps(trainer.policy, rollout)[mask].detach()
+    assert (after - before).abs().max() > 1e-2
+    trainer.save_model()
+    saved = tmp_path / "out"
+    assert (saved / "model.safetensors").exists() and not list(saved.glob("adapter*"))
+    close(response_logps(load_causal_lm(saved), rollout)[mask].detach(), after)
+
+
+def test_saved_policy(make_trainer, tmp_path):
+    trainer = make_trainer(count)
+    trainer.train()
+    trainer.save_model(tmp_path / "elsewhere")
+    rollout = fixed_rollout()
+    expected = response_logps(trainer.policy, rollout).detach()
+    close(response_logps(load_causal_lm(tmp_path / "elsewhere"), rollout).detach(), expected, 1e-6)
+
+
+def test_reference_stays(make_trainer, make_model):
+    trainer = make_trainer(count)
+    trainer.train()
+    for value, expected in zip(trainer.ref_model.parameters(), make_model(0).parameters(), strict=True):
+        assert torch.equal(value, expected)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda r: torch.full(r.truncated.shape, math.nan), "reward: expected finite numbers, found NaN or infinity"),
+        (lambda r: torch.full(r.response_mask.shape, math.inf), "reward: expected finite numbers, found NaN"),
+        (lambda r: share(r)[:3], r"reward: expected shape \(8,\) .* or \(8, \d\) .*, found \(3,\)"),
+        (lambda r: share(r)[:, None, None], r"reward: expected shape .*, found \(8, 1, 1\)"),
+        (lambda r: torch.full(r.truncated.shape, 0.25), r"reward_scale: the reward is the same \(0\.25\) for all 12"),
+        # Too large for float32 to average without rounding.
+        (lambda r: torch.full(r.truncated.shape, 1000.1), r"reward_scale: the reward is the same \(1000\) for all 12"),
+    ],
+)
+def test_bad_reward(make_trainer, reward, message):
+    with pytest.raises(TrainingError, match=message):
+        make_trainer(reward).train()
+
+
+def test_nan_outside_the_response_is_fine(make_trainer):
+    make_trainer(count, updates=1).train()
+
+
+def test_loss_that_is_not_finite(make_trainer):
+    trainer = make_trainer()
+    experience, _ = trainer.make_experience(fixed_rollout())
+    broken = Experience(**{**vars(experience), "returns": torch.full_like(experience.returns, math.inf)})
+    with pytest.raises(
+        TrainingError, match=r"PPO loss is (inf|nan) after 0 gradient updates; expected a finite number"
+    ):
+        trainer.minibatch_step(broken, tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "cosine"}, "schedule: expected one of constant, linear, found 'cosine'"),
+        ({"value_model": "none"}, "value_model: expected one of head, separate, found 'none'"),
+        ({"kl_controller": "x"}, "kl_controller: expected one of fixed, adaptive, found 'x'"),
+        ({"kl_estimator": "k4"}, "kl_estimator: expected one of k1, k2, k3, found 'k4'"),
+        ({"reward_scale": "x"}, "reward_scale: expected one of reference_std, none, found 'x'"),
+        ({"updates": 0}, "updates: expected at least 1, found 0"),
+        ({"response_length": 0}, "response_length: expected at least 1, found 0"),
+        ({"microbatch_size": 0}, "microbatch_size: expected at least 1, found 0"),
+        ({"calibration_prompts": 0}, "calibration_prompts: expected at least 1, found 0"),
+        ({"minibatch_size": 3}, "minibatch_size: expected a divisor of rollout_batch_size 8, found 3"),
+        ({"rollout_batch_size": 16}, "train_dataset: 12 prompts, fewer than rollout_batch_size 16"),
+        ({"temperature": 0.0}, "temperature: expected above 0 .*, found 0.0"),
+        ({"value_model": "separate"}, "value_model: 'separate' in args, but none given"),
+        ({"ref_model": None}, "ref_model: None works only with peft_config"),
+    ],
+)
+def test_bad_arguments(make_trainer, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(**options)
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reward", [share, count])
+def test_it_learns(make_trainer, reward):
+    logs = []
+    make_trainer(
+        reward, updates=15, rollout_batch_size=12, minibatch_size=6, epochs=4,
+        log=lambda statistics, update: logs.append(statistics),
+    ).train()  # fmt: skip
+    scores = [statistics["reward/score"] for statistics in logs]
+    first, last = sum(scores[:3]) / 3, sum(scores[-3:]) / 3
+    assert last > 3 * first + 0.3, scores
