@@ -194,3 +194,57 @@ def use(config):
 def test_the_check_finds_the_configs():
     names = {node.name for text in package().values() for node in config_classes(ast.parse(text))}
     assert CONFIGS - names == set()
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("ppo_trainer.py", "FineGrainedPPOConfig"), ("methods/figa.py", "FIGAConfig")]
+)
+def test_trainers_read_their_own_fields(file, name):
+    """Stricter: as ``args.<field>``, in the trainer's own file."""
+    tree = ast.parse((SOURCE / file).read_text("utf-8"))
+    (config,) = (node for node in config_classes(tree) if node.name == name)
+    fields = {item.target.id for item in config.body if isinstance(item, ast.AnnAssign)}
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args")
+    }
+    assert fields - read - {field.split(".")[1] for field in EXCEPTIONS} == set()
+
+
+OTHER_OPTIM = {
+    "learning_rate": 0.5,
+    "epochs": 7.0,
+    "max_steps": 7,
+    "batch_size": 7,
+    "accumulation": 7,
+    "warmup_steps": 7,
+    "schedule": "linear",
+    "weight_decay": 0.5,
+    "adam_beta2": 0.5,
+    "max_grad_norm": 0.5,
+    "gradient_checkpointing": True,
+    "sampling": "group_by_length",
+}
+OTHER_LORA = {"r": 7, "alpha": 7, "dropout": 0.5, "target_modules": ["q_proj"]}
+
+
+def test_every_field_of_an_optimiser_reaches_the_trainer():
+    from fgalign.training import LoraSection, OptimConfig, peft_config, trainer_arguments
+
+    def arguments(**options):
+        optim = OptimConfig(**{"learning_rate": 0.1, **options})
+        return trainer_arguments(optim, output_dir=Path("out"), seed=1, device="cpu", bf16=False)
+
+    def adapter(**options):
+        config = peft_config(OptimConfig(learning_rate=0.1, lora=LoraSection(**options)), "CAUSAL_LM")
+        return {key: value for key, value in config.to_dict().items() if key != "runtime_config"}
+
+    assert set(OTHER_OPTIM) == set(OptimConfig.model_fields) - {"lora"}
+    assert set(OTHER_LORA) == set(LoraSection.model_fields)
+    for name, value in OTHER_OPTIM.items():
+        changed = {key for key, found in arguments(**{name: value}).items() if found != arguments().get(key)}
+        assert len(changed) == 1 and arguments(**{name: value})[changed.pop()] == value, name
+    for name, value in OTHER_LORA.items():
+        assert adapter(**{name: value}) != adapter(), name
+    assert peft_config(OptimConfig(learning_rate=0.1), "CAUSAL_LM") is None

@@ -207,3 +207,44 @@ def test_training_runs_where_the_truth_and_the_test_split_are_gone(smoke: Path) 
     finally:
         for path in moved:
             shutil.move(hidden / f"{path.parent.name}-{path.name}", path)
+
+
+@pytest.mark.parametrize("name", ["mini", "human", "smoke", "paper"])
+def test_every_section_of_every_profile_is_valid(name: str) -> None:
+    from fgalign.annotate import get_annotator
+    from fgalign.base_model import PretrainedConfig, ScratchConfig
+    from fgalign.config import load_profile, parse_section
+    from fgalign.labels import LabelConfig
+    from fgalign.methods import get_method
+    from fgalign.modeling import RuntimeConfig
+    from fgalign.ppo_trainer import FineGrainedPPOConfig, check_config
+    from fgalign.report.config import report_config
+    from fgalign.rewards.training import RewardSection, TokenRewardSection
+    from fgalign.sft import SFTSection
+    from fgalign.sources import get_source
+    from fgalign.stages.evaluate import EvaluationConfig
+
+    profile = load_profile(name, ROOT)
+    for key, kind in {
+        "runtime": RuntimeConfig,
+        "labels": LabelConfig,
+        "sft": SFTSection,
+        "rm_preference": RewardSection,
+        "rm_edit": RewardSection,
+        "rm_token": TokenRewardSection,
+        "evaluation": EvaluationConfig,
+    }.items():
+        profile.section(key, kind)
+    report_config(profile)
+    kinds = {"scratch": ScratchConfig, "pretrained": PretrainedConfig}
+    parse_section(profile.params["base_model"], kinds[profile.params["base_model"]["kind"]], "base_model")
+    for method, section in profile.params["methods"].items():
+        config = parse_section(section, get_method(section["kind"]).Config, method)
+        if section["kind"] == "ppo":
+            check_config(FineGrainedPPOConfig(output_dir="", **config.trainer))
+    named = {"source": get_source, "annotator": get_annotator}
+    for key, get in named.items():
+        if profile.params[key]["name"] == "alpaca_farm":  # the source that the paper profile waits for
+            continue
+        options = {option: value for option, value in profile.params[key].items() if option != "name"}
+        parse_section(options, get(profile.params[key]["name"]).config, key)

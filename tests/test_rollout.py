@@ -76,6 +76,13 @@ def test_impossible_tokens_are_never_drawn():
         assert sample_tokens(logits, tensor([uniform], dtype=torch.float64), 1.0).item() in (1, 2)
 
 
+def test_the_largest_random_number_draws_a_token():
+    # Rounding may leave the last cumulative probability a little above or below 1.
+    logits = 3 * torch.randn(2000, 30, generator=torch.Generator().manual_seed(0))
+    drawn = sample_tokens(logits, torch.full((2000,), 1 - 2**-53, dtype=torch.float64), 1.0)
+    assert set(drawn.tolist()) == {29}
+
+
 def test_sampled_frequencies_are_the_probabilities():
     # 1,000 evenly spread random numbers fall into each interval in proportion to its length, to one in 1,000.
     logits = torch.randn(30, generator=torch.Generator().manual_seed(0)) * 2
@@ -122,19 +129,20 @@ class Script:
 def test_end_of_sequence_and_budget():
     # Row 0 ends at its second token, row 1 with its last allowed one, row 2 is cut off; what row 0 would say after its
     # end is dropped.
-    model = Script([[5, 1, 7], [6, 8, 1], [7, 7, 7]])
-    rollout = sample(model, [[20], [21, 22], [23]], torch.zeros(3, 3, dtype=torch.float64))
-    assert rollout.response_ids.tolist() == [[5, 1, 0], [6, 8, 1], [7, 7, 7]]
-    assert rollout.response_mask.tolist() == [[True, True, False], [True] * 3, [True] * 3]
+    model = Script([[5, 1, 7, 7], [6, 8, 9, 1], [7, 7, 7, 7]])
+    rollout = sample(model, [[20], [21, 22], [23]], torch.zeros(3, 4, dtype=torch.float64))
+    assert rollout.response_ids.tolist() == [[5, 1, 0, 0], [6, 8, 9, 1], [7, 7, 7, 7]]
+    assert rollout.response_mask.tolist() == [[True, True, False, False], [True] * 4, [True] * 4]
     assert rollout.truncated.tolist() == [False, False, True]
-    assert rollout.response_lists() == [[5, 1], [6, 8, 1], [7, 7, 7]]
+    assert rollout.response_lists() == [[5, 1], [6, 8, 9, 1], [7, 7, 7, 7]]
     # The end token itself may be attended to, the padding after it may not.
     assert model.masks == [
         [[0, 1], [1, 1], [0, 1]],
         [[0, 1, 1], [1, 1, 1], [0, 1, 1]],
         [[0, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]],
+        [[0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]],
     ]
-    assert model.modes == [False] * 3 and model.training is True
+    assert model.modes == [False] * 4 and model.training is True
 
 
 def test_sampling_stops_when_every_row_has_ended():

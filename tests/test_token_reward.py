@@ -154,6 +154,16 @@ def test_sequence_reward_is_read_at_the_last_token(make_model, ids):
         close(score, model.score(hidden)[0].detach())
 
 
+def test_sequence_reward_reads_nothing_outside_the_mask(make_model):
+    reward = reward_function(make_model(kind="sequence", num_labels=1), "sequence")
+    rollout = as_rollout(PROMPTS, RESPONSES, 0, "cpu")
+    other = rollout._replace(
+        prompt_ids=torch.where(rollout.prompt_mask, rollout.prompt_ids, 20),
+        response_ids=torch.where(rollout.response_mask, rollout.response_ids, 21),
+    )
+    close(reward(other), reward(rollout))
+
+
 def test_token_rewards_belong_to_their_tokens(make_model):
     model = make_model(kind="token", num_labels=3)
     ((rewards, rollout),) = raw_rewards(reward_function(model, "token"), PROMPTS, RESPONSES, 0, 3, "cpu")

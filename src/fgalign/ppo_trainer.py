@@ -412,7 +412,7 @@ class FineGrainedPPOTrainer:
                     )
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             for name in statistics:
-                statistics[name] += float(losses[name]) * float(share)
+                statistics[name] += losses[name].item() * share.item()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -27,6 +27,8 @@ class EvaluationConfig(Section):
     batch_size: int = 100
     prompts: int | None = None
     """The first so many test prompts (None: all)."""
+    pairs: int | None = None
+    """The first so many test preferences and test edits for the reward models (None: all)."""
     examples: int = 4
     seed: int = 0
     """Of sampling; added to a method's seed."""
@@ -193,8 +195,8 @@ def run_reward_models(profile: Profile) -> None:
     config = profile.section("evaluation", EvaluationConfig)
     device = set_up(profile.section("runtime", RuntimeConfig))
     tokenizer = load_tokenizer(profile.model_folder("base"))
-    preferences = read_split(profile.data / "raw" / "test").preferences
-    edits = read_records(profile.data / "edits" / "test.jsonl", Edit)
+    preferences = read_split(profile.data / "raw" / "test").preferences[: config.pairs]
+    edits = read_records(profile.data / "edits" / "test.jsonl", Edit)[: config.pairs]
     pairs = label_edits(tokenizer, edits, profile.section("labels", LabelConfig))
     marks = _initial_marks(profile)
     references = {record.prompt: record for record in read_truth(profile.data / "gold" / "test").references}
