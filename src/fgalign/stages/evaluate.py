@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fgalign.config import Profile, Section
-from fgalign.evaluation.truth import read_truth
 from fgalign.errors import InputError
+from fgalign.evaluation.truth import read_truth
 from fgalign.io import atomic_file, write_json
 from fgalign.raw_data import read_split
 from fgalign.schema import CurveSample, Edit, GoldMarks, Reference, Sample, read_records, write_records
