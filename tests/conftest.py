@@ -25,6 +25,37 @@ SENTENCES = [
 
 
 @pytest.fixture
+def make_gpt2() -> Callable[..., Any]:
+    """``make_gpt2(kind)``: a small GPT-2. Its positions are absolute, so that a wrong one shows, which Llama's relative
+    positions would hide."""
+    import torch
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2LMHeadModel
+
+    kinds = {
+        "causal": GPT2LMHeadModel,
+        "sequence": GPT2ForSequenceClassification,
+        "token": GPT2ForTokenClassification,
+    }
+
+    def make(kind: str = "causal", **config: Any) -> Any:
+        torch.manual_seed(0)
+        settings = {
+            "vocab_size": VOCAB,
+            "n_embd": 16,
+            "n_layer": 1,
+            "n_head": 2,
+            "n_positions": 64,
+            "initializer_range": 0.3,
+            "bos_token_id": None,
+            "eos_token_id": EOS,
+            "pad_token_id": PAD,
+        }
+        return kinds[kind](GPT2Config(**{**settings, **config})).eval()
+
+    return make
+
+
+@pytest.fixture
 def ids() -> Any:
     """A tokenizer's special ids for models with a vocabulary of 30: what the PPO trainer asks of a tokenizer."""
     return SimpleNamespace(vocab_size=VOCAB, pad_token_id=PAD, eos_token_id=EOS, save_pretrained=lambda folder: None)

@@ -183,6 +183,15 @@ def test_experience(make_trainer, make_model, level, estimator, whitened):
     assert statistics["response/truncated"] == pytest.approx(1 / 3)
 
 
+def test_absolute_positions(make_trainer, make_gpt2):
+    trainer = make_trainer(model=make_gpt2(), ref_model=make_gpt2())
+    rollout = fixed_rollout()
+    experience, statistics = trainer.make_experience(rollout)
+    for row, (prompt, response) in enumerate(rows_of(rollout)):
+        close(experience.old_logps[row, : len(response)], plain_logps(trainer.policy, prompt, response, 1.0).detach())
+    assert statistics["kl/response"] == pytest.approx(0, abs=1e-5)
+
+
 def test_value_head_starts_at_zero(make_trainer):
     trainer = make_trainer()
     experience, statistics = trainer.make_experience(fixed_rollout())

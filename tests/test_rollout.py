@@ -239,6 +239,18 @@ def test_logps_do_not_depend_on_padding(make_model, plain_logps, left, right):
         close(logps[row, : len(expected)].detach(), expected)
 
 
+def test_absolute_positions(make_gpt2):
+    model = make_gpt2()
+    plain = [response_logps(model, rollout_of([p], [r]))[0] for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    together = response_logps(model, rollout_of(PROMPTS, RESPONSES, 3, 1))
+    uniform = uniforms(5, BUDGET, torch.Generator().manual_seed(1))
+    for row, expected in enumerate(plain):
+        close(together[row, : len(expected)].detach(), expected.detach())
+    assert sample(model, PROMPTS, uniform).response_lists() == [
+        plain_sample(model, PROMPTS[row], uniform[row], 1.0) for row in range(5)
+    ]
+
+
 @pytest.mark.parametrize("chosen", [[0], [3], [2, 1], [4, 0, 3]])
 def test_logps_do_not_depend_on_the_batch(make_model, plain_logps, chosen):
     rollout = rollout_of(PROMPTS, RESPONSES, extra_left=2, extra_right=1)

@@ -135,9 +135,10 @@ PROMPTS = [[5, 6, 7], [8], [9, 10]]
 RESPONSES = [[11, 12, 1], [13, 1], [14, 15, 16, 17, 1]]
 
 
+@pytest.mark.parametrize("family", ["make_model", "make_gpt2"])
 @pytest.mark.parametrize("level", ["sequence", "token"])
-def test_scores_do_not_depend_on_the_batch(make_model, ids, level):
-    model = make_model(kind=level, num_labels=1 if level == "sequence" else 3)
+def test_scores_do_not_depend_on_the_batch(request, ids, family, level):
+    model = request.getfixturevalue(family)(kind=level, num_labels=1 if level == "sequence" else 3)
     reward = reward_function(model, level)
     scores = [score_responses(reward, PROMPTS, RESPONSES, ids, size, "cpu") for size in (1, 2, 3)]
     assert scores[0].shape == (3,)

@@ -34,6 +34,8 @@ def stage(profile_name: str | None, title: str) -> Iterator[Profile]:
     """A profile for a stage; says what runs, and keeps how long it took in an untracked file."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # The stages show bars of their own; those of loading and mapping are many and short.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     started = time.time()
     profile = load_profile(profile_name)
     print(f"[{profile.name}] {title}", flush=True)

@@ -31,6 +31,9 @@ def set_up(config: RuntimeConfig) -> torch.device:
     Raises:
         InputError: a GPU is asked for and there is none.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -95,7 +95,8 @@ class FineGrainedPPOConfig:
     minibatch_size: int = 16
     """Responses of one optimiser step."""
     microbatch_size: int | None = None
-    """Responses of one forward and backward pass (None: the minibatch); gradients of a minibatch's passes add up."""
+    """Responses of one forward and backward pass of a process (None: its minibatch); gradients of a minibatch's passes
+    add up."""
     learning_rate: float = 1e-5
     value_learning_rate: float | None = None
     """Learning rate of the value head or value model (None: the same)."""

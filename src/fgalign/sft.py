@@ -12,7 +12,7 @@ from fgalign.modeling import save_model
 from fgalign.schema import Demonstration
 from fgalign.tokens import encode_prompt, encode_response
 from fgalign.tracking import Run
-from fgalign.training import OptimConfig, ProgressCallback, peft_config, trainer_arguments
+from fgalign.training import OptimConfig, peft_config, train, trainer_arguments
 
 
 class SFTSection(Section):
@@ -73,7 +73,6 @@ def train_sft(
         train_dataset=Dataset.from_list(tokenize(tokenizer, records, max_length, completion_only=completion_only)),
         processing_class=tokenizer,
         peft_config=peft_config(optim, "CAUSAL_LM"),
-        callbacks=[ProgressCallback(run, title)],
     )
-    trainer.train()
+    train(trainer, run, title)
     save_model(trainer.model, tokenizer, out)

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from fgalign.config import Section
 from fgalign.errors import TrainingError
@@ -62,6 +62,8 @@ def trainer_arguments(optim: OptimConfig, *, output_dir: Path, seed: int, device
         "save_strategy": "no",
         "report_to": "none",
         "logging_steps": 5,
+        # Off, because it would show the mean of earlier losses in place of one that is not finite.
+        "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "dataloader_pin_memory": device != "cpu",
         "remove_unused_columns": False,
@@ -84,6 +86,13 @@ def peft_config(optim: OptimConfig, task_type: str) -> Any:
         target_modules=optim.lora.target_modules,
         task_type=task_type,
     )
+
+
+def train(trainer: Trainer, run: Run, title: str) -> None:
+    """Train with a bar and a tracked run instead of the trainer's own printing."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressCallback(run, title))
+    trainer.train()
 
 
 class ProgressCallback(TrainerCallback):

@@ -25,7 +25,7 @@ from fgalign.losses.figa import FigaLoss, figa_loss, initial_weights, revised_we
 from fgalign.modeling import load_causal_lm, save_model
 from fgalign.schema import LabelledPair
 from fgalign.tensor_ops import pad, token_logps
-from fgalign.training import OptimConfig, ProgressCallback, peft_config, trainer_arguments
+from fgalign.training import OptimConfig, peft_config, train, trainer_arguments
 
 
 @dataclass
@@ -204,7 +204,6 @@ class FilterConfig(Section):
     model; None drops a condition. ``unit`` std measures R in standard deviations from its mean over all responses of
     the training pairs, so that thresholds carry over between reward models."""
 
-    reward_model: str = "rm_preference"
     unit: Literal["raw", "std"] = "std"
     eta1: float | None = None
     eta2: float | None = None
@@ -216,6 +215,7 @@ class Config(Section):
 
     kind: Literal["figa"]
     needs: str
+    """The reward model that filters the pairs: a name of ``fgalign.rewards.LEVELS``."""
     optim: OptimConfig
     alpha: float = 1.0
     beta: float = 0.5
@@ -257,7 +257,7 @@ def filter_pairs(pairs: list[LabelledPair], context: Context, config: Config) ->
     from fgalign.rewards import load_reward
     from fgalign.rewards.scoring import score_responses
 
-    reward = load_reward(config.filter.reward_model, context.model(config.filter.reward_model), context.device)
+    reward = load_reward(config.needs, context.model(config.needs), context.device)
     prompts = [pair.prompt_ids for pair in pairs]
     scores = [
         score_responses(reward, prompts, sides, context.tokenizer, config.score_batch_size, context.device)
@@ -294,7 +294,6 @@ def run(context: Context, config: Config) -> None:
         train_dataset=Dataset.from_list([pair.model_dump() for pair in pairs]),
         processing_class=context.tokenizer,
         peft_config=peft_config(config.optim, "CAUSAL_LM"),
-        callbacks=[ProgressCallback(context.run, f"{context.stage} seed {context.seed}")],
     )
-    trainer.train()
+    train(trainer, context.run, f"{context.stage} seed {context.seed}")
     save_model(trainer.model, context.tokenizer, context.out)

@@ -18,7 +18,7 @@ from fgalign.modeling import load_sequence_reward_model, load_token_reward_model
 from fgalign.schema import LabelledPair
 from fgalign.tensor_ops import pad
 from fgalign.tokens import encode_prompt, encode_response
-from fgalign.training import OptimConfig, ProgressCallback, peft_config, trainer_arguments
+from fgalign.training import OptimConfig, peft_config, train, trainer_arguments
 
 
 class RewardSection(Section):
@@ -63,9 +63,8 @@ def train_sequence_model(context: Context, config: RewardSection, rows: list[dic
         train_dataset=Dataset.from_list(rows),
         processing_class=context.tokenizer,
         peft_config=peft_config(config.optim, "SEQ_CLS"),
-        callbacks=[_progress(context)],
     )
-    trainer.train()
+    train(trainer, context.run, f"{context.stage} seed {context.seed}")
     save_model(trainer.model, context.tokenizer, context.out)
 
 
@@ -139,9 +138,8 @@ def train_token_model(context: Context, config: TokenRewardSection, pairs: list[
         data_collator=TokenRewardCollator(context.tokenizer.pad_token_id),
         train_dataset=Dataset.from_list([pair.model_dump() for pair in pairs]),
         processing_class=context.tokenizer,
-        callbacks=[_progress(context)],
     )
-    trainer.train()
+    train(trainer, context.run, f"{context.stage} seed {context.seed}")
     save_model(trainer.model, context.tokenizer, context.out)
 
 
@@ -149,10 +147,6 @@ def _arguments(context: Context, optim: OptimConfig) -> dict[str, Any]:
     return trainer_arguments(
         optim, output_dir=Path(context.out), seed=context.seed, device=context.device.type, bf16=context.bf16
     )
-
-
-def _progress(context: Context) -> ProgressCallback:
-    return ProgressCallback(context.run, f"{context.stage} seed {context.seed}")
 
 
 def _check_lengths(rows: Any, max_length: int) -> None:
