@@ -169,7 +169,8 @@ def test_every_training_and_evaluation_stage_is_a_tracked_run(smoke: Path) -> No
     token = next(item for item in runs if item.info.run_name == "smoke/ppo_token/seed-1")
     assert token.data.params["needs"] == "rm_token"
     assert {"reward/score", "kl/response", "policy/loss"} <= set(token.data.metrics)
-    assert token.data.tags["dvc_stage"] and token.data.tags["git_commit"]
+    assert token.data.tags["dvc_stage"].endswith("align@ppo_token") and token.data.tags["git_commit"]
+    assert "data/smoke/models/rm_token=" in token.data.tags["dvc_lock"]
 
 
 def test_a_second_run_changes_nothing_and_a_rebuild_gives_the_same_bytes(smoke: Path) -> None:

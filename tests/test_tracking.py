@@ -34,13 +34,13 @@ def test_names(profile, monkeypatch, tmp_path):
 
 
 def test_lock_hashes(profile, tmp_path):
-    assert lock_hashes(profile, "sft") == ""
+    assert lock_hashes(profile) == ""
     (tmp_path / "dvc.lock").write_text(
-        "schema: '2.0'\nstages:\n  sft:\n    cmd: x\n    deps:\n    - path: a.py\n      md5: 11\n    - path: data\n"
-        "      md5: 22.dir\n  other:\n    cmd: y\n"
+        "schema: '2.0'\nstages:\n  raw:\n    cmd: x\n    outs:\n    - {path: data/t/raw, md5: 22.dir}\n"
+        "  judge:\n    cmd: y\n    deps:\n    - {path: a.py, md5: '11'}\n    outs:\n"
+        "    - {path: results/t/a.csv, md5: '33'}\n    - {path: data/t/b.jsonl, md5: '44'}\n"
     )
-    assert lock_hashes(profile, "sft") == "a.py=11\ndata=22.dir"
-    assert lock_hashes(profile, "other") == lock_hashes(profile, "none") == ""
+    assert lock_hashes(profile) == "data/t/raw=22.dir\ndata/t/b.jsonl=44"
 
 
 def test_runs_in_a_real_store(profile, tmp_path, capfd):

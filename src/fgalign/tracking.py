@@ -67,7 +67,10 @@ class Run:
 
 @contextmanager
 def track(profile: Profile, stage: str, seed: int | None, params: Mapping[str, Any]) -> Iterator[Run]:
-    """A run around a block: parameters, commit, stage, lock hashes and machine as tags; closed also on an error."""
+    """A run around a block: parameters, commit, stage, lock hashes and machine as tags; closed also on an error.
+
+    The stage's tag is the name that DVC gives it (``DVC_STAGE``), outside DVC the one passed here.
+    """
     run = _safely(lambda: _open(profile, stage, seed, params)) or Run()
     try:
         yield run
@@ -139,11 +142,11 @@ def _check_sqlite(path: Path) -> None:
 def _tags(profile: Profile, stage: str, seed: int | None) -> dict[str, Any]:
     return {
         "profile": profile.name,
-        "dvc_stage": stage,
+        "dvc_stage": os.environ.get("DVC_STAGE", stage),
         "seed": seed,
         "git_commit": _git(profile.root, "rev-parse", "HEAD"),
         "git_dirty": bool(_git(profile.root, "status", "--porcelain", "--untracked-files=no")),
-        "dvc_lock": lock_hashes(profile, stage),
+        "dvc_lock": lock_hashes(profile),
         "machine": f"{platform.machine()} {platform.system()} {platform.release()}, {os.cpu_count()} cores",
         "python": sys.version.split()[0],
         "torch": _version("torch"),
@@ -152,8 +155,9 @@ def _tags(profile: Profile, stage: str, seed: int | None) -> dict[str, Any]:
     }
 
 
-def lock_hashes(profile: Profile, stage: str) -> str:
-    """The hashes of the stage's inputs as ``dvc.lock`` holds them (of its last finished run), ``path=md5`` a line."""
+def lock_hashes(profile: Profile) -> str:
+    """What ``dvc.lock`` says of the profile's data and models as a stage begins, ``path=md5`` a line: DVC writes a
+    stage's hashes there when it ends, so all that the stage reads is in it."""
     import yaml
 
     lock = profile.file.parent / "dvc.lock"
@@ -161,8 +165,8 @@ def lock_hashes(profile: Profile, stage: str) -> str:
         return ""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     stages = (yaml.load(lock.read_text(encoding="utf-8"), loader) or {}).get("stages", {})
-    deps = stages.get(stage, {}).get("deps", [])
-    return "\n".join(f"{dep['path']}={dep.get('md5', '')}" for dep in deps)
+    outs = [out for stage in stages.values() for out in stage.get("outs", [])]
+    return "\n".join(f"{out['path']}={out.get('md5', '')}" for out in outs if out["path"].startswith("data/"))
 
 
 def _git(root: Path, *arguments: str) -> str:
