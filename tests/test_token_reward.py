@@ -192,3 +192,31 @@ def test_as_rollout():
 def test_unknown_level(make_model):
     with pytest.raises(ConfigError, match="reward level: expected 'sequence' or 'token', found 'word'"):
         reward_function(make_model(), "word")
+
+
+def test_lora_trains_the_new_head_and_saves_a_plain_model(make_model, tokenizer, tmp_path):
+    """The whole path with LoRA: peft must adapt the layers and leave the three-label head to be trained as it is."""
+    from fgalign.config import Profile
+    from fgalign.context import Context
+    from fgalign.modeling import RuntimeConfig, load_token_reward_model
+    from fgalign.rewards.training import TokenRewardSection, train_token_model
+    from fgalign.training import LoraSection, OptimConfig
+
+    start = tmp_path / "data" / "t" / "models" / "base"
+    make_model(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    profile = Profile("t", tmp_path, {"seeds": [1]}, tmp_path / "params.yaml")
+    context = Context(profile, "rm_token", 1, torch.device("cpu"), RuntimeConfig(), tmp_path / "out")
+    optim = OptimConfig(learning_rate=1e-2, batch_size=2, max_steps=2, lora=LoraSection(r=2, alpha=4))
+    train_token_model(context, TokenRewardSection(start="base", optim=optim, max_length=16), PAIRS)
+    files = {path.name for path in context.out.iterdir()}
+    assert "model.safetensors" in files and "adapter_config.json" not in files
+    torch.manual_seed(0)
+    trained, untrained = load_token_reward_model(context.out), load_token_reward_model(start, num_labels=3)
+    assert trained.config.num_labels == 3
+    layers = [
+        (new, old)
+        for (name, new), old in zip(trained.named_parameters(), untrained.parameters(), strict=True)
+        if "q_proj" in name
+    ]
+    assert all(not torch.equal(new, old) for new, old in layers)

@@ -130,6 +130,8 @@ def train_token_model(context: Context, config: TokenRewardSection, pairs: list[
     if lora is not None:
         from peft import get_peft_model
 
+        # The new head is trained in full; peft leaves it out of "all-linear" by itself for sequence models only.
+        lora.exclude_modules = ["score", "classifier"]
         model = get_peft_model(model, lora)
     trainer = TokenRewardTrainer(
         model,
