@@ -133,6 +133,9 @@ def run(root: Path, *command: str) -> str:
 
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment |= {"PYTHONPATH": str(root / "src")}
+    # Whatever the tests around this one set, the pipeline tracks into the copy's own store.
+    for name in ("FGALIGN_TRACKING", "MLFLOW_TRACKING_URI", "FGALIGN_PROFILE"):
+        environment.pop(name, None)
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     return result.stdout
