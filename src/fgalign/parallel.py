@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -68,7 +69,7 @@ def cores() -> int:
 
 def can_fork() -> bool:
     """Whether processes can be forked safely (Linux)."""
-    return os.uname().sysname == "Linux" if hasattr(os, "uname") else False
+    return sys.platform == "linux"
 
 
 def _start(rows: Any) -> None:
