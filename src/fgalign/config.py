@@ -63,8 +63,12 @@ class Profile:
         return self.root / "data" / self.name
 
     def model_folder(self, name: str, seed: int = 0) -> Path:
-        """Folder of a trained model; the base model has no seeds."""
-        folder = self.data / "models" / name
+        """Folder of a trained model; the base model has no seeds.
+
+        A token model that no method needs belongs to the second pipeline, whose models are apart.
+        """
+        later = set(self.params.get("token_models") or {}) - set(self.params.get("needed_token_models") or [])
+        folder = (self.data / "sweeps" if name in later else self.data) / "models" / name
         return folder if name == "base" else folder / f"seed-{seed}"
 
     @property

@@ -14,7 +14,7 @@ SFT = "sft"
 DEFAULT_PPO_METHODS = [PLAIN_PPO, "ppo_edit", "ppo_token"]
 CORE_METHODS = ["base", SFT, "figa", PLAIN_PPO]
 """Rows of `figa_core`: what FIGA starts from, FIGA, and PPO."""
-SWEEPS = ("figa_sweeps", "figa_filter", "label_noise", "overoptimisation", "search")
+SWEEPS = ("xu_token_models", "figa_sweeps", "figa_filter", "label_noise", "overoptimisation", "search")
 """Tables and figures of the second pipeline (``reproduce/sweeps``), whose files are apart from the first one's."""
 REWARD_MODELS = ["rm_preference", "rm_edit", "rm_token"]
 STUDIES = ("figa_signals", "figa_data_ablation", "figa_sweeps", "figa_filter", "label_noise")
