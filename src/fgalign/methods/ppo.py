@@ -19,7 +19,7 @@ from fgalign.modeling import load_causal_lm
 from fgalign.parallel import progress
 from fgalign.ppo_trainer import FineGrainedPPOConfig, FineGrainedPPOTrainer
 from fgalign.rewards import load_reward, response_scores
-from fgalign.rollout import Rollout, response_logps, uniforms
+from fgalign.rollout import Rollout, uniforms
 from fgalign.schema import CurveSample, write_records
 from fgalign.tensor_ops import masked_sum
 from fgalign.tokens import check_budget, decode_response, encode_prompt
@@ -77,11 +77,9 @@ class CurveRecorder:
             rows = slice(start, start + size)
             rollout = trainer.sample(self.encoded[rows], self.uniform[rows])
             mask = rollout.response_mask
-            scores = response_scores(trainer.reward(rollout).float(), mask).tolist()
-            reference = trainer.ref_logps(rollout)
-            with trainer.accelerator.autocast():
-                logps = response_logps(trainer.policy, rollout, trainer.args.temperature)
-            kl = masked_sum(logps - reference, mask, 1).tolist()
+            rewards = trainer.by_rows(rollout, lambda part: trainer.reward(part).float())
+            scores = response_scores(rewards, mask).tolist()
+            kl = masked_sum(trainer.logps(rollout) - trainer.ref_logps(rollout), mask, 1).tolist()
             learned = self._advantages(trainer, rollout)
             answers = zip(self.prompts[rows], rollout.response_lists(), scores, kl, learned, strict=True)
             for record, ids, score, nats, advantages in answers:

@@ -1,0 +1,244 @@
+"""Two processes give what one gives: losses of FIGA and PPO under FSDP, and a stage's files under data parallelism.
+
+Both are started by `accelerate launch` with the configurations in reproduce/accelerate, over gloo on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fgalign.config import Profile
+from fgalign.distributed import by_rows, in_batches
+from fgalign.errors import ConfigError, InputError
+from fgalign.parallel import each_seed, is_main_process, output_dir, process_count
+from fgalign.rollout import Rollout, concatenate
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "reproduce" / "accelerate"
+WORKER = str(ROOT / "tests" / "distributed_worker.py")
+TOLERANCE = 1e-5
+"""Of every logged number, relative where it is above 1: sums in another order, carried through 12 optimiser steps."""
+
+
+def run(*command: str, cwd: Path = ROOT, fails: bool = False) -> str:
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "FGALIGN_PROFILE")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "FGALIGN_TRACKING": "off"}
+    result = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert (result.returncode != 0) == fails, result.stdout[-2000:] + result.stderr[-6000:]
+    return result.stdout + result.stderr
+
+
+def launch(config: str, *command: str, cwd: Path = ROOT, fails: bool = False) -> str:
+    options = ["--config_file", str(CONFIGS / config), "--num_processes", "2", "--mixed_precision", "no"]
+    # Port 0: any that is free.
+    return run("-m", "accelerate.commands.launch", *options, "--main_process_port", "0", *command, cwd=cwd, fails=fails)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    run(WORKER, str(one))
+    launch("fsdp.yaml", WORKER, str(two))
+    return one, two
+
+
+@pytest.mark.parametrize("name", ["figa", "ppo", "ppo, value model", "ppo, groups"])
+def test_two_processes_with_fsdp_log_what_one_does(folders: tuple[Path, Path], name: str) -> None:
+    one, two = (json.loads((folder / "found.json").read_text())[name] for folder in folders)
+    assert len(one) == len(two) == (6 if name == "figa" else 4)
+    for expected, found in zip(one, two, strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), key
+    # The check means something: the policy moved, and the losses with it.
+    losses = [logs["loss" if name == "figa" else "policy/loss"] for logs in one[:3]]
+    assert max(losses) - min(losses) > 0.01
+
+
+def test_the_two_processes_held_half_of_every_model(folders: tuple[Path, Path]) -> None:
+    one, two = (json.loads((folder / "found.json").read_text())["launch"] for folder in folders)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert set(one["held"].values()) == {1.0}
+    # Dimensions of 30 and 16 split evenly, the reward model's 3 outputs as 2 and 1.
+    assert two["held"].keys() == one["held"].keys() and all(share < 0.51 for share in two["held"].values())
+
+
+@pytest.mark.parametrize("name", ["figa", "ppo", "value", "group"])
+def test_they_save_one_whole_model(folders: tuple[Path, Path], name: str) -> None:
+    one, two = (load_file(folder / name / "model.safetensors") for folder in folders)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-4)
+    assert sorted(path.name for path in (folders[1] / name).iterdir()) == sorted(
+        path.name for path in (folders[0] / name).iterdir()
+    )
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with the smoke profile, and the data and models that `align figa` and `align ppo_token` read."""
+    from fgalign.stages.data import run_edits, run_labels, run_raw
+    from fgalign.stages.train import run_base, run_reward_model, run_sft
+
+    root = tmp_path_factory.mktemp("repository")
+    params = yaml.safe_load((ROOT / "reproduce" / "profiles" / "smoke" / "params.yaml").read_text(encoding="utf-8"))
+    params["runtime"]["workers"] = 1
+    file = root / "reproduce" / "profiles" / "smoke" / "params.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(yaml.safe_dump(params))
+    (root / "dvc.yaml").touch()
+    (root / "src" / "fgalign").mkdir(parents=True)
+    profile = Profile("smoke", root, params, file)
+    for stage in (run_raw, run_edits, run_base, run_labels, run_sft):
+        stage(profile)
+    for name in ("rm_preference", "rm_token"):
+        run_reward_model(profile, name)
+    return root
+
+
+def outputs(root: Path, method: str) -> dict[str, Any]:
+    """Every file of a method's models: weights as tensors, the rest as text."""
+    folder = root / "data" / "smoke" / "models" / method
+    return {
+        str(path.relative_to(folder)): load_file(path) if path.suffix == ".safetensors" else path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "training_args.bin"
+    }
+
+
+@pytest.mark.parametrize("method", ["figa", "ppo_token"])
+def test_a_launched_stage_writes_once_and_what_one_process_writes(repository: Path, method: str) -> None:
+    import shutil
+
+    command = ("-m", "fgalign.cli", "align", method, "--profile", "smoke")
+    models = repository / "data" / "smoke" / "models"
+    timings = repository / "timings" / "smoke.jsonl"
+    # FIGA's pairs a step: 8 x 2 in one process, 4 x 2 in each of two.
+    file = repository / "reproduce" / "profiles" / "smoke" / "params.yaml"
+    text = file.read_text()
+    run(*command, cwd=repository)
+    expected = outputs(repository, method)
+    shutil.rmtree(models / method)
+    params = yaml.safe_load(text)
+    params["methods"]["figa"]["optim"]["batch_size"] = 4
+    file.write_text(yaml.safe_dump(params))
+    timed = len(timings.read_text().splitlines())
+    try:
+        output = launch("cpu_gloo.yaml", *command, cwd=repository)
+    finally:
+        file.write_text(text)
+    found = outputs(repository, method)
+    assert found.keys() == expected.keys() and {"seed-1/budget.json", "seed-2/budget.json"} <= found.keys()
+    for name, value in expected.items():
+        if name.endswith(".safetensors"):
+            for key, tensor in value.items():
+                torch.testing.assert_close(found[name][key], tensor, rtol=0, atol=2e-5)
+        elif name.endswith(("budget.json", "rollouts.jsonl")):
+            assert found[name].count("\n") == value.count("\n"), name
+            if name.endswith("budget.json"):
+                assert found[name] == value
+    # Said once, timed once, nothing left beside the models.
+    assert output.count(f"[smoke] align@{method}\n") == 1
+    assert len(timings.read_text().splitlines()) == timed + 1
+    assert not [path for path in models.iterdir() if path.name.startswith(".")]
+
+
+def test_stages_that_are_not_trained_refuse_to_be_launched(repository: Path, monkeypatch) -> None:
+    from fgalign.cli import stage
+
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(ConfigError, match=r"^raw: this stage runs in one process, found 2; start it without"),
+        stage("smoke", "raw"),
+    ):
+        pass
+
+
+# --- processes, in one ------------------------------------------------------------------------------------------------
+
+
+def test_process_count_and_main_process(monkeypatch) -> None:
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert (process_count(), is_main_process()) == (1, True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, main in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert (process_count(), is_main_process()) == (2, main)
+
+
+def test_launched_processes_train_seeds_one_after_another(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert each_seed([3, 1], lambda seed: (seed, os.getpid()), 2) == [(3, os.getpid()), (1, os.getpid())]
+
+
+def test_only_the_main_process_puts_its_folder_in_place(tmp_path, monkeypatch) -> None:
+    import fgalign.parallel as parallel
+
+    met = []
+    monkeypatch.setattr(parallel, "wait_for_everyone", lambda: met.append((tmp_path / "out").exists()))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with output_dir(tmp_path / "out") as folder:
+        (folder / "a").write_text("other")
+    assert not (tmp_path / "out").exists() and not folder.exists()
+    monkeypatch.setenv("RANK", "0")
+    with output_dir(tmp_path / "out") as folder:
+        (folder / "a").write_text("main")
+    assert (tmp_path / "out" / "a").read_text() == "main"
+    assert met == [False, False]  # all have met before anything is in place
+    with pytest.raises(InputError), output_dir(tmp_path / "out"):
+        raise InputError("broken")
+    assert (tmp_path / "out" / "a").read_text() == "main" and met == [False, False]
+
+
+def test_rows_in_batches() -> None:
+    assert in_batches([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3], [4]]
+    assert in_batches([0, 1], None) == [[0, 1]]
+
+
+def rollout(prompts: list[list[int]], responses: list[list[int]]) -> Rollout:
+    from fgalign.rewards.scoring import as_rollout
+
+    return as_rollout(prompts, responses, 0, "cpu")
+
+
+def test_a_function_of_rows_in_batches_gives_all_rows_in_order() -> None:
+    from accelerate import Accelerator
+
+    seen = []
+
+    def lengths(part: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(len(part.truncated))
+        return part.response_mask.sum(1), part.response_ids
+
+    whole = rollout([[5], [6, 7], [8]], [[9, 1], [9], [9, 9, 1]])
+    found, ids = by_rows(whole, lengths, Accelerator(cpu=True), 2)
+    assert seen == [2, 1] and found.tolist() == [2, 1, 3] and torch.equal(ids, whole.response_ids)
+
+
+def test_concatenate_pads_prompts_on_the_left_and_responses_on_the_right() -> None:
+    joined = concatenate([rollout([[5]], [[9, 9, 1]]), rollout([[6, 7], [8]], [[9, 1], [1]])], 0)
+    assert joined.prompt_ids.tolist() == [[0, 5], [6, 7], [0, 8]]
+    assert joined.prompt_mask.tolist() == [[False, True], [True, True], [False, True]]
+    assert joined.response_ids.tolist() == [[9, 9, 1], [9, 1, 0], [1, 0, 0]]
+    assert joined.response_mask.tolist() == [[True, True, True], [True, True, False], [True, False, False]]
+    assert joined.truncated.tolist() == [False] * 3
