@@ -2,6 +2,8 @@
 
 accelerate launch --config_file reproduce/accelerate/fsdp.yaml --num_processes 2 --mixed_precision no
     tests/distributed_worker.py OUT
+
+With more arguments it runs `fgalign align` for each of them instead, as OUT's repository has them.
 """
 
 from __future__ import annotations
@@ -142,6 +144,13 @@ def ppo(out: Path, **config: Any) -> list[dict[str, float]]:
 
 def main() -> None:
     out = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        os.chdir(out)
+        from fgalign.cli import app
+
+        for method in sys.argv[2:]:
+            app(["align", method, "--profile", "smoke"], standalone_mode=False)
+        return
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":

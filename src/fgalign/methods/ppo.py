@@ -148,13 +148,19 @@ def run(context: Context, config: Config) -> None:
             callbacks=[recorder],
         )
 
+        trained = torch.zeros((), dtype=torch.long, device=trainer.device)
+
         def count(_: Any, inputs: tuple[Any, ...]) -> None:
             if torch.is_grad_enabled():
-                context.spend(training_tokens=int(inputs[1].sum()))
+                trained.add_(inputs[1].sum())
 
         trainer.model.register_forward_pre_hook(count)
         trainer.train()
-    context.spend(sampled_tokens=trainer.response_tokens, gradient_updates=trainer.gradient_updates)
+    context.spend(
+        training_tokens=int(trainer.accelerator.reduce(trained, "sum")),
+        sampled_tokens=trainer.response_tokens,
+        gradient_updates=trainer.gradient_updates,
+    )
     trainer.save_model(context.out)
     write_records(context.out / "rollouts.jsonl", recorder.samples)
 
