@@ -62,6 +62,22 @@ def stage(profile_name: str | None, title: str, launched: bool = False) -> Itera
 
 
 @app.command()
+def plan(
+    profile: ProfileOption = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Instead of the profile's number of GPUs.")] = None,
+) -> None:
+    """Check a profile without running it: shapes, memory a GPU, hours a stage (those with a section `plan`)."""
+    from fgalign.plan import report
+
+    text, wrong = report(load_profile(profile), gpus)
+    print(text)
+    for line in wrong:
+        print(f"does not fit: {line}")
+    if wrong:
+        raise ConfigError(f"plan: {len(wrong)} of the profile's settings do not fit; see above")
+
+
+@app.command()
 def raw(profile: ProfileOption = None) -> None:
     """Raw preference data from the profile's source."""
     with stage(profile, "raw") as current:

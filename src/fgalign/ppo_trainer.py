@@ -46,7 +46,6 @@ from fgalign.distributed import (
     full_parameters,
     gather_rollout,
     gathered,
-    in_batches,
     own_rows,
     prepare_trained,
     shard_frozen,
@@ -64,7 +63,7 @@ from fgalign.losses.ppo import (
     value_loss,
 )
 from fgalign.rewards import RewardFunction, response_scores
-from fgalign.rollout import Rollout, concatenate, response_logps, uniforms
+from fgalign.rollout import Rollout, response_logps, uniforms
 from fgalign.rollout_engine import ENGINES, RolloutEngine, TransformersEngine, choose_engine, start_vllm
 from fgalign.tensor_ops import entropy, gae, masked_mean, masked_sum, position_ids, token_logps, whiten
 
@@ -120,7 +119,7 @@ class FineGrainedPPOConfig:
     """Responses of one forward and backward pass of a process (None: its minibatch); gradients of a minibatch's passes
     add up."""
     inference_batch_size: int | None = None
-    """Responses that a process samples or scores at once (None: its share of the round)."""
+    """Responses that a process samples or scores at once (None: its share of the round); vLLM decides by itself."""
     rollout_engine: str = "transformers"
     """What samples: ``transformers``, ``vllm``, or ``auto``: vLLM where it is installed and there is a GPU."""
     vllm_memory: float = 0.3
@@ -426,12 +425,10 @@ class FineGrainedPPOTrainer:
         if self._weights_changed:
             self.engine.sync()
             self._weights_changed = False
-        parts = []
+        rows = own_rows(len(prompts), self.accelerator)
         with self.accelerator.autocast():
-            for rows in in_batches(own_rows(len(prompts), self.accelerator), self.args.inference_batch_size):
-                parts.append(self.engine.sample([prompts[row] for row in rows], uniform[rows], self.args.temperature))
-        pad_token_id = self.tokenizer.pad_token_id
-        return gather_rollout(concatenate(parts, pad_token_id), len(prompts), pad_token_id, self.accelerator)
+            rollout = self.engine.sample([prompts[row] for row in rows], uniform[rows], self.args.temperature)
+        return gather_rollout(rollout, len(prompts), self.tokenizer.pad_token_id, self.accelerator)
 
     @torch.no_grad()
     def make_experience(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
@@ -688,7 +685,11 @@ class FineGrainedPPOTrainer:
         ids = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
         if choose_engine(self.args.rollout_engine) == "transformers":
             return TransformersEngine(
-                lambda: self.policy, lambda: gathered(self.model, self.accelerator), self.device, **ids
+                lambda: self.policy,
+                lambda: gathered(self.model, self.accelerator),
+                self.device,
+                batch_size=self.args.inference_batch_size,
+                **ids,
             )
         policy = self.accelerator.unwrap_model(self.model).policy
         if hasattr(policy, "merge_adapter"):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fgalign.errors import ConfigError, TrainingError
-from fgalign.rollout import Rollout, sample_responses
+from fgalign.rollout import Rollout, concatenate, sample_responses
 from fgalign.tensor_ops import pad
 
 ENGINES = ("transformers", "vllm", "auto")
@@ -49,7 +49,8 @@ def choose_engine(name: str) -> str:
 
 
 class TransformersEngine:
-    """Samples from the policy itself. ``gathered`` makes a context in which its weights are whole."""
+    """Samples from the policy itself, at most ``batch_size`` responses at once. ``gathered`` makes a context in which
+    its weights are whole."""
 
     def __init__(
         self,
@@ -59,8 +60,9 @@ class TransformersEngine:
         *,
         eos_token_id: int,
         pad_token_id: int,
+        batch_size: int | None = None,
     ) -> None:
-        self.policy, self.gathered, self.device = policy, gathered, device
+        self.policy, self.gathered, self.device, self.batch_size = policy, gathered, device, batch_size
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
 
     def sync(self) -> None:
@@ -68,16 +70,22 @@ class TransformersEngine:
 
     def sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float) -> Rollout:
         """One response to each prompt, a row's random numbers being its own (``rollout.sample_responses``)."""
+        size = self.batch_size or len(prompts)
+        parts = []
         with self.gathered():
-            return sample_responses(
-                self.policy(),
-                pad(prompts, self.pad_token_id, side="left").to(self.device),
-                pad([[1] * len(ids) for ids in prompts], 0, side="left").bool().to(self.device),
-                uniform,
-                eos_token_id=self.eos_token_id,
-                pad_token_id=self.pad_token_id,
-                temperature=temperature,
-            )
+            for start in range(0, len(prompts), size):
+                chosen = prompts[start : start + size]
+                part = sample_responses(
+                    self.policy(),
+                    pad(chosen, self.pad_token_id, side="left").to(self.device),
+                    pad([[1] * len(ids) for ids in chosen], 0, side="left").bool().to(self.device),
+                    uniform[start : start + size],
+                    eos_token_id=self.eos_token_id,
+                    pad_token_id=self.pad_token_id,
+                    temperature=temperature,
+                )
+                parts.append(part)
+        return concatenate(parts, self.pad_token_id)
 
 
 class VLLMEngine:

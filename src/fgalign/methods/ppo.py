@@ -16,7 +16,7 @@ from pydantic import model_validator
 from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.modeling import load_causal_lm
-from fgalign.parallel import progress
+from fgalign.parallel import process_count, progress
 from fgalign.ppo_trainer import FineGrainedPPOConfig, FineGrainedPPOTrainer
 from fgalign.rewards import load_reward, response_scores
 from fgalign.rollout import Rollout, uniforms
@@ -128,11 +128,14 @@ def run(context: Context, config: Config) -> None:
             bar.update(1)
             bar.set_postfix_str(f"reward {statistics['reward/score']:.3f} KL {statistics['kl/response']:.2f}")
 
+        # Several processes take the models from the host's memory and shard them there, one after the other: whole, they
+        # would not fit on a GPU together.
+        device = context.device if process_count() == 1 else "cpu"
         lora = config.lora and peft_config(OptimConfig(learning_rate=0.0, lora=config.lora), "CAUSAL_LM")
         trainer = FineGrainedPPOTrainer(
-            load_causal_lm(context.model("sft"), context.device),
-            None if lora else load_causal_lm(context.model("sft"), context.device),
-            reward=load_reward(config.needs, context.model(config.needs), context.device, config.discrete),
+            load_causal_lm(context.model("sft"), device),
+            None if lora else load_causal_lm(context.model("sft"), device),
+            reward=load_reward(config.needs, context.model(config.needs), device, config.discrete),
             args=FineGrainedPPOConfig(
                 output_dir=str(context.out),
                 seed=context.seed,
@@ -142,7 +145,7 @@ def run(context: Context, config: Config) -> None:
             ),
             train_dataset=encoded["train"][1],
             processing_class=context.tokenizer,
-            value_model=_value_model(context) if trainer_config.get("value_model") == "separate" else None,
+            value_model=_value_model(context, device) if trainer_config.get("value_model") == "separate" else None,
             peft_config=lora,
             log=log,
             callbacks=[recorder],
@@ -165,8 +168,8 @@ def run(context: Context, config: Config) -> None:
     write_records(context.out / "rollouts.jsonl", recorder.samples)
 
 
-def _value_model(context: Context) -> Any:
+def _value_model(context: Context, device: torch.device | str) -> Any:
     """A value model of its own, started from the SFT model with a new head of one output."""
     from fgalign.modeling import load_token_reward_model
 
-    return load_token_reward_model(context.model("sft"), context.device, num_labels=1)
+    return load_token_reward_model(context.model("sft"), device, num_labels=1)
