@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,40 @@ def test_they_save_one_whole_model(folders: tuple[Path, Path], name: str) -> Non
     assert sorted(path.name for path in (folders[1] / name).iterdir()) == sorted(
         path.name for path in (folders[0] / name).iterdir()
     )
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.name)
+def test_accelerate_reads_every_configuration_and_its_command_names_it(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))  # raises on an unknown key
+    assert config.num_processes % config.num_machines == 0
+    kind = {"fsdp": "FSDP", "zero3": "DEEPSPEED"}.get(path.stem.split("_")[0], "MULTI_GPU")
+    assert config.distributed_type == kind
+    assert f"--config_file reproduce/accelerate/{path.name} " in path.read_text(encoding="utf-8")
+
+
+def test_several_nodes_differ_from_one_in_the_nodes_alone() -> None:
+    one, two = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("fsdp", "fsdp_multi_node"))
+    changed = {"num_machines", "num_processes", "main_process_ip", "main_process_port"}
+    assert {key: value for key, value in two.items() if key not in changed} == {
+        key: value for key, value in one.items() if key not in changed
+    }
+    assert two["num_processes"] == 2 * one["num_processes"]
+
+
+def test_the_slurm_script_is_bash_and_runs_every_training_stage() -> None:
+    script = ROOT / "reproduce" / "slurm" / "paper.sbatch"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text(encoding="utf-8")
+    params = yaml.safe_load((ROOT / "reproduce" / "profiles" / "paper" / "params.yaml").read_text(encoding="utf-8"))
+    assert f"for method in {' '.join(params['methods'])}; do stage align" in text
+    assert set(re.findall(r"reproduce/accelerate/\w+\.yaml", text)) <= {
+        f"reproduce/accelerate/{path.name}" for path in CONFIGS.iterdir()
+    }
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

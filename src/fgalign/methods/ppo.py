@@ -128,8 +128,8 @@ def run(context: Context, config: Config) -> None:
             bar.update(1)
             bar.set_postfix_str(f"reward {statistics['reward/score']:.3f} KL {statistics['kl/response']:.2f}")
 
-        # Several processes take the models from the host's memory and shard them there, one after the other: whole, they
-        # would not fit on a GPU together.
+        # Several processes take the models from the host's memory and shard them from there: whole, they would not fit
+        # on a GPU together.
         device = context.device if process_count() == 1 else "cpu"
         lora = config.lora and peft_config(OptimConfig(learning_rate=0.0, lora=config.lora), "CAUSAL_LM")
         trainer = FineGrainedPPOTrainer(
