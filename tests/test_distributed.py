@@ -5,6 +5,7 @@ Both are started by `accelerate launch` with the configurations in reproduce/acc
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +22,9 @@ import yaml
 from safetensors.torch import load_file
 
 from fgalign.config import Profile
-from fgalign.distributed import by_rows, in_batches
+from fgalign.distributed import by_rows, check_supported, in_batches
 from fgalign.errors import ConfigError, InputError
+from fgalign.modeling import is_sharded
 from fgalign.parallel import each_seed, is_main_process, output_dir, process_count
 from fgalign.rollout import Rollout, concatenate
 
@@ -259,6 +262,62 @@ def test_only_the_main_process_puts_its_folder_in_place(tmp_path, monkeypatch) -
     with pytest.raises(InputError), output_dir(tmp_path / "out"):
         raise InputError("broken")
     assert (tmp_path / "out" / "a").read_text() == "main" and met == [False, False]
+
+
+def accelerator(kind: str, **state: Any) -> Any:
+    return SimpleNamespace(
+        distributed_type=f"DistributedType.{kind}", is_fsdp2=state.pop("version", 2) == 2,
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(**state)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "sharded"),
+    [
+        (accelerator("NO"), False),
+        (accelerator("MULTI_GPU"), False),
+        (accelerator("FSDP"), True),
+        (accelerator("DEEPSPEED", zero_stage=3), True),
+        (accelerator("DEEPSPEED", zero_stage=2), False),
+    ],
+)
+def test_what_is_sharded_takes_no_adapter(found: Any, sharded: bool) -> None:
+    assert is_sharded(found) == sharded
+    check_supported(found, adapter=False)
+    if not sharded:
+        check_supported(found, adapter=True)
+        return
+    with pytest.raises(ConfigError, match="peft_config: expected none with sharded weights"):
+        check_supported(found, adapter=True)
+
+
+def test_fsdp_of_version_1_is_refused() -> None:
+    with pytest.raises(ConfigError, match="accelerate: expected fsdp_version 2, found 1"):
+        check_supported(accelerator("FSDP", version=1), adapter=False)
+
+
+def test_expert_iteration_refuses_to_be_launched(monkeypatch) -> None:
+    from fgalign.methods.expert_iteration import run as expert_iteration
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"methods\.expert: expert iteration runs in one process, found 2"):
+        expert_iteration(SimpleNamespace(stage="expert"), None)
+
+
+def test_a_base_model_without_a_chat_template_gets_the_profiles(tmp_path, make_model, tokenizer) -> None:
+    from fgalign.base_model import PretrainedConfig, build_pretrained
+    from fgalign.modeling import load_tokenizer, save_model
+    from fgalign.tokens import encode_prompt
+
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    save_model(make_model(vocab_size=len(bare)), bare, tmp_path / "published")
+    section = yaml.safe_load((ROOT / "reproduce" / "profiles" / "paper" / "params.yaml").read_text())["base_model"]
+    section |= {"name": str(tmp_path / "published")}
+    build_pretrained(PretrainedConfig(**section), tmp_path / "base")
+    saved = load_tokenizer(tmp_path / "base")
+    text = saved.decode(encode_prompt(saved, "where is the cat?"), skip_special_tokens=False)
+    assert text.endswith("appropriately completes the request.\n\n### Instruction:\nwhere is the cat?\n\n### Response:")
 
 
 def test_rows_in_batches() -> None:
