@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-human reproduce reproduce-all test check plan ui dag lock clean
+.PHONY: help setup setup-human reproduce core reproduce-all test check plan ui dag lock clean
 
 PYTHON ?= python3
 PROFILE ?= mini
@@ -51,6 +51,9 @@ ifeq ($(PROFILE),human)
 	# The paper belongs to the default profile and also shows these tables: build it again with what is there.
 	dvc repro --force --single-item paper@main index@main
 endif
+
+core: setup ## Only the core tables: labels, reward models, FIGA beside SFT and PPO, PPO three ways
+	@dvc repro labels_table figa_data figa_core xu_reward_models xu_win_rate xu_efficiency
 
 reproduce-all: reproduce ## After that the second pipeline: hyperparameter search, sweeps, label noise, over-optimisation
 	@dvc repro reproduce/sweeps/dvc.yaml

@@ -34,7 +34,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "judging and metrics",
         ("judge@", "curves", "label_quality", "reward_models", "token_models", "credit", "samples"),
     ),
-    ("tables, figures, paper", ("table ", "figure ", "claims", "paper", "index")),
+    ("tables, figures, paper", ("settings", "table ", "figure ", "claims", "paper", "index")),
 )
 PPO_TIMES = ("time/rollout", "time/scoring", "time/update")
 IMPORTS = (

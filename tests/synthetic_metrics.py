@@ -19,6 +19,7 @@ STUDIES = {
     "figa_signals": SIGNALS,
     "figa_data_ablation": {"full": 0.55, "no_filter": 0.53, "reference": 0.45, "quarter": 0.47},
     "figa_sweeps": {"as_released": 0.55, "alpha_2": 0.56, "threshold_p": 0.54},
+    "figa_filter": {"three": 0.55, "no_eta1": 0.54, "pairs_100": 0.5},
 }
 LEVELS = (0.0, 0.1, 0.2, 0.4, 0.8)
 TASKS = (("world_knowledge", "acc"), ("world_bias", "pct_stereotype"), ("world_bias", "likelihood_diff"))

@@ -176,7 +176,16 @@ def repro(root: Path, *arguments: str) -> str:
 def test_the_whole_graph_runs_and_gives_every_table_and_figure(smoke: Path) -> None:
     results = smoke / "results" / "smoke"
     tables = {path.name for path in (results / "tables").iterdir()}
-    names = ("labels", "figa_data", "figa_main", "benchmarks", "xu_win_rate", "xu_reward_models", "xu_efficiency")
+    names = (
+        "labels",
+        "figa_data",
+        "figa_core",
+        "figa_main",
+        "benchmarks",
+        "xu_win_rate",
+        "xu_reward_models",
+        "xu_efficiency",
+    )
     assert tables == {f"{name}.{kind}" for name in names for kind in ("csv", "tex")}
     figures = {path.name for path in (results / "figures").iterdir()}
     names = ("learning_curves", "token_labels", "win_rates")

@@ -699,7 +699,7 @@ def pipeline(profile):
     metrics, sweeps = "results/mini/metrics/", "results/mini/sweeps/metrics/"
     one = {"cmd": "true", "deps": [src]}
     stages["labels"] = {**one, "outs": [metrics + "label_statistics.json"]}
-    studies = ["figa_signals", "figa_data_ablation", "figa_sweeps", "label_noise", "overoptimisation"]
+    studies = ["figa_signals", "figa_data_ablation", "figa_sweeps", "figa_filter", "label_noise", "overoptimisation"]
     trained = {"cmd": "true", "deps": [src, model("sft")], "outs": ["data/mini/studies/${item}"]}
     stages["study"] = {"foreach": studies, "do": trained}
     judged = {"cmd": "true", "deps": [src, "data/mini/studies/${item}"], "outs": [metrics + "studies/${item}"]}
@@ -740,7 +740,8 @@ def test_index_links_every_row_and_all_its_links_exist(built, tmp_path):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout
     for link in re.findall(r"\]\(([^)]+)\)", first):
         assert (root / "results" / link).exists(), link
-    row = next(line for line in first.splitlines() if line.startswith("| FIGA (`figa`)"))
+    main = first[first.index("### `figa_main`") :].splitlines()
+    row = next(line for line in main if line.startswith("| FIGA (`figa`)"))
     assert "| `judge@figa`, `align@figa`, `benchmark` |" in row
     assert "`mini/benchmark@figa` |" in row
     assert "[params.yaml](../params.yaml) `methods.figa`" in row

@@ -285,6 +285,15 @@ def benchmark(profile: ProfileOption = None) -> None:
 
 
 @app.command()
+def settings(profile: ProfileOption = None) -> None:
+    """The settings that tables and figures show: data/<profile>/settings.json."""
+    with stage(profile, "settings") as current:
+        from fgalign.report.settings import write_settings
+
+        _say(current, [write_settings(current)])
+
+
+@app.command()
 def table(name: Name, profile: ProfileOption = None) -> None:
     """A table, as CSV and LaTeX."""
     with stage(profile, f"table {name}") as current:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -104,7 +105,7 @@ def cores() -> int:
 
 def can_fork() -> bool:
     """Whether processes can be forked safely (Linux)."""
-    return os.uname().sysname == "Linux" if hasattr(os, "uname") else False
+    return sys.platform == "linux"
 
 
 def _start(rows: Any) -> None:

@@ -39,7 +39,7 @@ def sft_row(parts: Sequence[tuple[Sequence[int], bool]], max_length: int, where:
 
 
 def tokenize(
-    tokenizer: Any, records: Sequence[Demonstration], max_length: int, *, completion_only: bool
+    tokenizer: Any, records: Sequence[Demonstration], max_length: int, *, completion_only: bool = True
 ) -> list[dict[str, list[int]]]:
     """Rows of ``input_ids`` and ``completion_mask`` (1 where the loss counts) for TRL.
 
@@ -60,30 +60,13 @@ def train_sft(
     records: Sequence[Demonstration],
     optim: OptimConfig,
     *,
-    out: Path,
-    seed: int,
-    device: str,
-    bf16: bool,
     max_length: int,
     completion_only: bool = True,
-    run: Run,
-    title: str,
+    **options: Any,
 ) -> dict[str, int]:
-    """Fine-tune on demonstrations and save model and tokenizer into ``out``; returns what ``training.train`` does."""
+    """Fine-tune on demonstrations; ``options``, and what is returned, are those of ``train_rows``."""
     rows = tokenize(tokenizer, records, max_length, completion_only=completion_only)
-    return _train_rows(
-        model,
-        tokenizer,
-        rows,
-        optim,
-        out=out,
-        seed=seed,
-        device=device,
-        bf16=bf16,
-        max_length=max_length,
-        run=run,
-        title=title,
-    )
+    return train_rows(model, tokenizer, rows, optim, max_length=max_length, **options)
 
 
 def align_rows(
@@ -96,7 +79,7 @@ def align_rows(
 ) -> None:
     """Fine-tune the model in ``start`` on rows of ``sft_row``, save it into ``context.out`` and add to what the context
     has spent."""
-    spent = _train_rows(
+    spent = train_rows(
         load_causal_lm(start, context.device),
         context.tokenizer,
         rows,
@@ -112,7 +95,7 @@ def align_rows(
     context.spend(**spent)
 
 
-def _train_rows(
+def train_rows(
     model: Any,
     tokenizer: Any,
     rows: list[dict[str, list[int]]],
@@ -126,6 +109,8 @@ def _train_rows(
     run: Run,
     title: str,
 ) -> dict[str, int]:
+    """Fine-tune on rows of ``sft_row`` and save model and tokenizer into ``out``; returns what ``training.train``
+    does."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 

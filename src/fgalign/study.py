@@ -30,6 +30,11 @@ class Variant(Section):
     level: float | None = None
     """Where the variant stands on the axis of a figure."""
 
+    @property
+    def same(self) -> bool:
+        """Whether it is the method as the profile has it."""
+        return not self.change and not self.annotator
+
 
 class Study(Section):
     """A study: its variants in the order of its table; differences are taken to the first."""

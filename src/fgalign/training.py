@@ -113,6 +113,15 @@ def peft_config(optim: OptimConfig, task_type: str) -> Any:
     )
 
 
+def add_lora(model: Any, config: Any) -> Any:
+    """The model with the adapter of peft's ``LoraConfig``, or as it is for None."""
+    if config is None:
+        return model
+    from peft import get_peft_model
+
+    return get_peft_model(model, config)
+
+
 def train(trainer: Trainer, run: Run, title: str, max_tokens: int | None = None) -> dict[str, int]:
     """Train with a bar and a tracked run instead of the trainer's own printing; ``max_tokens`` as in ``OptimConfig``.
 

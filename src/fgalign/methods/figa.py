@@ -37,7 +37,7 @@ from fgalign.modeling import load_causal_lm
 from fgalign.schema import BAD, GOOD, LabelledPair
 from fgalign.tensor_ops import pad, token_logps
 from fgalign.tokens import encode_response
-from fgalign.training import OptimConfig, peft_config, save_trained, train, trainer_arguments
+from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
 
 
 @dataclass
@@ -131,10 +131,6 @@ class FIGATrainer(Trainer):
     ) -> None:
         if args.threshold_reading not in ("nll", "probability"):
             raise ConfigError(f"threshold_reading: expected 'nll' or 'probability', found {args.threshold_reading!r}")
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
         collator = FIGACollator(
             pad_token_id=processing_class.pad_token_id,
             eos_token_id=processing_class.eos_token_id,
@@ -144,7 +140,7 @@ class FIGATrainer(Trainer):
             gamma=args.gamma,
         )
         super().__init__(
-            model=model,
+            model=add_lora(model, peft_config),
             args=args,
             data_collator=collator,
             train_dataset=train_dataset,

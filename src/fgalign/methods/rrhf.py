@@ -18,10 +18,11 @@ from fgalign.context import Context
 from fgalign.errors import TrainingError
 from fgalign.losses.rrhf import RrhfLoss, rrhf_loss
 from fgalign.modeling import load_causal_lm
-from fgalign.rewards.scoring import as_rollout
+from fgalign.rewards import load_reward
+from fgalign.rewards.scoring import as_rollout, score_responses
 from fgalign.rollout import Rollout, response_logps
 from fgalign.tokens import encode_prompt, encode_response
-from fgalign.training import OptimConfig, peft_config, save_trained, train, trainer_arguments
+from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
 
 
 class Config(Section):
@@ -122,21 +123,11 @@ def candidate_rows(context: Context, config: Config) -> list[dict[str, Any]]:
     ]
     if config.ranking == "preference":
         return rows
-    from fgalign.rewards import load_reward
-    from fgalign.rewards.scoring import score_responses
-
     reward = load_reward(config.needs, context.model(config.needs), context.device)
     prompts = [row["prompt_ids"] for row in rows]
     sides = [
-        score_responses(
-            reward,
-            prompts,
-            [row["responses"][side] for row in rows],
-            tokenizer,
-            config.score_batch_size,
-            context.device,
-        ).tolist()
-        for side in (0, 1)
+        score_responses(reward, prompts, responses, tokenizer, config.score_batch_size, context.device).tolist()
+        for responses in ([row["responses"][side] for row in rows] for side in (0, 1))
     ]
     return [{**row, "scores": list(scores)} for row, *scores in zip(rows, *sides, strict=True)]
 
@@ -146,17 +137,11 @@ def run(context: Context, config: Config) -> None:
     from datasets import Dataset
 
     optim = config.optim
-    model = load_causal_lm(context.model("sft"), context.device)
-    lora = peft_config(optim, "CAUSAL_LM")
-    if lora is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, lora)
     arguments = trainer_arguments(
         optim, output_dir=context.out, seed=context.seed, device=context.device.type, bf16=context.bf16
     )
     trainer = RRHFTrainer(
-        model,
+        add_lora(load_causal_lm(context.model("sft"), context.device), peft_config(optim, "CAUSAL_LM")),
         rank_weight=config.rank_weight,
         args=TrainingArguments(**arguments),
         data_collator=RRHFCollator(context.tokenizer.pad_token_id, config.max_length),

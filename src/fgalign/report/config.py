@@ -12,10 +12,12 @@ from fgalign.study import Variant, get_study
 PLAIN_PPO = "ppo_preference"
 SFT = "sft"
 DEFAULT_PPO_METHODS = [PLAIN_PPO, "ppo_edit", "ppo_token"]
-SWEEPS = ("figa_sweeps", "label_noise", "overoptimisation", "search")
+CORE_METHODS = ["base", SFT, "figa", PLAIN_PPO]
+"""Rows of `figa_core`: what FIGA starts from, FIGA, and PPO."""
+SWEEPS = ("figa_sweeps", "figa_filter", "label_noise", "overoptimisation", "search")
 """Tables and figures of the second pipeline (``reproduce/sweeps``), whose files are apart from the first one's."""
 REWARD_MODELS = ["rm_preference", "rm_edit", "rm_token"]
-STUDIES = ("figa_signals", "figa_data_ablation", "figa_sweeps", "label_noise")
+STUDIES = ("figa_signals", "figa_data_ablation", "figa_sweeps", "figa_filter", "label_noise")
 """Studies of the profile that are tables, by the names of both."""
 
 Names = Annotated[list[str], Field(min_length=1)]

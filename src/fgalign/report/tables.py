@@ -17,7 +17,7 @@ from fgalign.errors import ConfigError, InputError
 from fgalign.io import write_text
 from fgalign.report import inputs
 from fgalign.report.cells import Block, Cell, blocks_to_tex, cells_to_csv, layout
-from fgalign.report.config import PLAIN_PPO, SFT, SWEEPS, reinforced_methods, report_config, variants
+from fgalign.report.config import CORE_METHODS, PLAIN_PPO, SFT, SWEEPS, reinforced_methods, report_config, variants
 from fgalign.report.inputs import Grid, metrics_path
 from fgalign.report.reported import REPORTED, reported_value
 from fgalign.report.style import BENCHMARK, BENCHMARK_RATES, labeller, method_style
@@ -68,19 +68,7 @@ def figa_main(profile: Profile) -> list[Cell]:
     with ``benchmarks/`` the rates of the harness's tasks (in percent).
     """
     methods = report_config(profile).methods
-    grids = _judged(profile, methods)
-    cells = []
-    for method, grid in grids.items():
-        cells.append(_win_rate("figa_main", method, grid))
-        if method != SFT:
-            cells.append(_difference("figa_main", method, SFT, grids))
-        for metric, column in (
-            ("score", "score"),
-            ("reward", "reward_rm_preference"),
-            ("kl", "kl"),
-            ("tokens", "tokens"),
-        ):
-            cells.append(_crossed("figa_main", method, metric, grid, column))
+    cells = _against_sft("figa_main", profile, methods)
     if metrics_path(profile, "budgets").is_dir():
         trained = [method for method in methods if method in profile.params.get("methods", {})]
         budgets = inputs.read_budgets(profile, trained)
@@ -96,6 +84,28 @@ def benchmarks(profile: Profile) -> list[Cell]:
     """Every measure of every method on each task of the evaluation harness; intervals over training seeds alone, as the
     items of a task are the same for all methods."""
     return _benchmarks("benchmarks", profile, report_config(profile).judged_methods, rates_only=False)
+
+
+def figa_core(profile: Profile) -> list[Cell]:
+    """The initial model, SFT, FIGA and PPO under the judge: what ``figa_main`` says of them without the other rows."""
+    return _against_sft("figa_core", profile, CORE_METHODS)
+
+
+def _against_sft(table: str, profile: Profile, methods: list[str]) -> list[Cell]:
+    grids = _judged(profile, methods)
+    cells = []
+    for method, grid in grids.items():
+        cells.append(_win_rate(table, method, grid))
+        if method != SFT:
+            cells.append(_difference(table, method, SFT, grids))
+        for metric, column in (
+            ("score", "score"),
+            ("reward", "reward_rm_preference"),
+            ("kl", "kl"),
+            ("tokens", "tokens"),
+        ):
+            cells.append(_crossed(table, method, metric, grid, column))
+    return cells
 
 
 def xu_win_rate(profile: Profile) -> list[Cell]:
@@ -321,6 +331,7 @@ TABLES: dict[str, Table] = {
         block=lambda profile, cell: "Split" if cell.method.startswith("split:") else "Kind of flaw",
     ),
     "figa_data": Table("FIGA's data", figa_data, _one_file("figa_data.csv")),
+    "figa_core": Table("FIGA and PPO", figa_core, _judged_file, core=False),
     "figa_main": Table(
         "FIGA's main comparison",
         figa_main,
@@ -333,6 +344,7 @@ TABLES: dict[str, Table] = {
     "figa_signals": _study("figa_signals", "FIGA's signal"),
     "figa_data_ablation": _study("figa_data_ablation", "FIGA's data ablation"),
     "figa_sweeps": _study("figa_sweeps", "FIGA's weights and threshold"),
+    "figa_filter": _study("figa_filter", "FIGA's filter and data size"),
     "xu_reward_models": Table("Reward models", xu_reward_models, _one_file("reward_models.csv")),
     "xu_token_models": Table("Token-level reward models", xu_token_models, _one_file("token_models.csv"), core=False),
     "xu_win_rate": Table("Win rate of PPO three ways", xu_win_rate, _judged_file),

@@ -26,6 +26,7 @@ from fgalign.errors import RecordError
 from fgalign.raw_data import RawData, RawSplit, Truth
 from fgalign.schema import SPLITS, Demonstration, Preference, Prompt, Reference, Split
 from fgalign.sources.hub import (
+    INSTRUCTION_COLUMNS,
     Columns,
     Commit,
     Count,
@@ -45,14 +46,8 @@ from fgalign.sources.hub import (
 INSTRUCTIONS = "alpaca_instructions"
 EVALUATION = "alpaca_farm_evaluation.json"
 
-_INSTRUCTION: Columns = {"instruction": (str,), "input": (str, NoneType), "output": (str, NoneType)}
-_PAIR: Columns = {
-    "instruction": (str,),
-    "input": (str, NoneType),
-    "output_1": (str,),
-    "output_2": (str,),
-    "preference": (int, float),
-}
+_INSTRUCTION: Columns = {**INSTRUCTION_COLUMNS, "output": (str, NoneType)}
+_PAIR: Columns = {**INSTRUCTION_COLUMNS, "output_1": (str,), "output_2": (str,), "preference": (int, float)}
 
 
 class AlpacaFarmConfig(HubSection):

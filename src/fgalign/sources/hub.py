@@ -327,6 +327,8 @@ def _short(value: object) -> str:
 
 PromptStyle = Literal["alpaca", "plain"]
 
+INSTRUCTION_COLUMNS: Columns = {"instruction": (str,), "input": (str, NoneType)}
+
 _ALPACA = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
 )

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from types import NoneType
 from typing import Literal, NamedTuple
 
 from fgalign.errors import InputError
 from fgalign.raw_data import RawData, RawSplit, Truth
 from fgalign.schema import SPLITS, Demonstration, Edit, Preference, Prompt, Reference
 from fgalign.sources.hub import (
+    INSTRUCTION_COLUMNS,
     Columns,
     Count,
     HubSection,
@@ -36,13 +36,8 @@ from fgalign.sources.hub import (
 
 FILE = "SPA.json"
 
-_COLUMNS: Columns = {
-    "instruction": (str,),
-    "input": (str, NoneType),
-    "output": (str,),
-    "original_output": (str,),
-    "revised_output": (str,),
-}
+_OUTPUTS = ("output", "original_output", "revised_output")
+_COLUMNS: Columns = {**INSTRUCTION_COLUMNS, **dict.fromkeys(_OUTPUTS, (str,))}
 
 
 class SPAConfig(HubSection):
@@ -76,7 +71,7 @@ class _Item(NamedTuple):
 def item(row: Row, style: PromptStyle) -> _Item | str:
     """The prompt and outputs of a row, or why it is left out: a blank text, or nothing was revised."""
     values = row.values
-    outputs = {name: values[name].strip() for name in ("output", "original_output", "revised_output")}
+    outputs = {name: values[name].strip() for name in _OUTPUTS}
     reason = fault(outputs["original_output"], outputs["revised_output"])
     if not reason and not (values["instruction"].strip() and outputs["output"]):
         reason = "with a blank text"

@@ -6,12 +6,14 @@ A study varies one thing at a time and trains every variant with every seed. Its
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from fgalign.config import Profile
 from fgalign.context import Context
+from fgalign.errors import InputError
 from fgalign.io import atomic_dir
 from fgalign.labels import LabelConfig, label_edits
 from fgalign.modeling import RuntimeConfig, seed_everything, seed_workers, set_up
@@ -26,7 +28,13 @@ LEARNED_FROM_EDITS = ("rm_edit", "rm_token")
 
 
 def run_study(profile: Profile, name: str) -> None:
-    """study: train every variant with every seed; ``data/<profile>/studies/<study>/<variant>/seed-<s>``."""
+    """study: train every variant with every seed; ``data/<profile>/studies/<study>/<variant>/seed-<s>``.
+
+    A variant that changes nothing is the method itself: its models are those of the method's own stage.
+
+    Raises:
+        InputError: such a variant, and the method is not trained.
+    """
     study = get_study(profile, name)
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
@@ -37,6 +45,13 @@ def run_study(profile: Profile, name: str) -> None:
             variant = study.variants[key]
             method = variant.method or study.method
             out = folder / key / f"seed-{seed}"
+            if variant.same:
+                trained = profile.model_folder(method, seed)
+                if not trained.is_dir():
+                    raise InputError(f"{trained}: no such model; train it first: dvc repro align@{method}")
+                with track(profile, f"study@{name}/{key}", seed, {"models": method}):
+                    shutil.copytree(trained, out)
+                return
             out.mkdir(parents=True)
             seed_everything(seed)
             with (

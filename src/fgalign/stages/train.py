@@ -1,4 +1,5 @@
-"""Training stages: base model, SFT, reward models, alignment methods; each trains all seeds in one process."""
+"""Training stages: base model, SFT, reward models, alignment methods; all but the base model train all seeds, in
+forked processes where there are cores for them (``parallel.each_seed``)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from fgalign.context import Context
 from fgalign.errors import ConfigError
 from fgalign.io import write_json
 from fgalign.methods import get_method
-from fgalign.modeling import RuntimeConfig, load_causal_lm, seed_everything, seed_workers, set_up, use_bf16
+from fgalign.modeling import RuntimeConfig, seed_everything, seed_workers, set_up, use_bf16
 from fgalign.parallel import each_seed, output_dir
 from fgalign.raw_data import read_split
 from fgalign.tracking import track
@@ -67,25 +68,13 @@ def run_base(profile: Profile) -> None:
 
 def run_sft(profile: Profile) -> None:
     """sft: supervised fine-tuning of the base model on the demonstrations, the reference policy."""
-    from fgalign.sft import SFTSection, train_sft
+    from fgalign.sft import SFTSection, align_rows, tokenize
 
     config = profile.section("sft", SFTSection)
 
     def train(context: Context) -> None:
-        spent = train_sft(
-            load_causal_lm(context.model("base"), context.device),
-            context.tokenizer,
-            context.split("train").demonstrations,
-            config.optim,
-            out=context.out,
-            seed=context.seed,
-            device=context.device.type,
-            bf16=context.bf16,
-            max_length=config.max_length,
-            run=context.run,
-            title=f"sft seed {context.seed}",
-        )
-        context.spend(**spent)
+        rows = tokenize(context.tokenizer, context.split("train").demonstrations, config.max_length)
+        align_rows(context, rows, config.optim, config.max_length, start=context.model("base"))
 
     train_seeds(profile, "sft", config, train)
 
