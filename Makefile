@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-human reproduce core reproduce-all test check ui dag lock clean
+.PHONY: help setup setup-human reproduce core reproduce-all test check plan ui dag lock clean
 
 PYTHON ?= python3
 PROFILE ?= mini
@@ -67,6 +67,9 @@ check: $(SETUP) ## Rebuild what is out of date (TABLE=name: for that table), com
 	[ -z "$(TABLE)" ] || target=$$(python reproduce/check.py --profile $(PROFILE) --table $(TABLE) --stage)
 	dvc repro $$target
 	python reproduce/check.py --profile $(PROFILE) $(if $(TABLE),--table $(TABLE))
+
+plan: setup ## Check PROFILE=paper without running it: shapes, memory a GPU, hours a stage
+	@fgalign plan --profile $(PROFILE)
 
 ui: setup ## Open MLflow on http://127.0.0.1:5000 (PORT=)
 	@uri="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow/mlflow.db}"

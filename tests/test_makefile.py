@@ -77,6 +77,7 @@ def test_help_is_the_default_and_names_every_target():
             ],
         ),
         (["dag"], ["dvc dag dvc.yaml"]),
+        (["plan", "PROFILE=paper"], ["fgalign plan --profile paper"]),
     ],
 )
 def test_targets_run_after_setup(checkout, arguments, commands):

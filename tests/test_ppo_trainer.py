@@ -281,6 +281,26 @@ def test_microbatches_equal_the_minibatch(make_trainer, make_model, size):
         assert parts[name] == pytest.approx(value, abs=1e-5), name
 
 
+def test_inference_in_batches_changes_nothing(make_trainer):
+    uniform = torch.rand(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for size in (None, 3):
+        trainer = make_trainer(count, inference_batch_size=size)
+        seen = []
+        trainer.policy.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(len(output.logits)))
+        rollout = trainer.sample(PROMPTS[:8], uniform)
+        experience, statistics = trainer.make_experience(rollout)
+        found.append((rollout, experience, statistics, trainer.logps(rollout)))
+        assert max(seen) == (size or 8)
+    (whole, expected, one, logps), (parts, experience, several, logps_of_parts) = found
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    mask = whole.response_mask
+    close(logps_of_parts[mask], logps[mask])
+    for name in ("old_logps", "old_values", "advantages", "returns"):
+        close(getattr(experience, name)[mask], getattr(expected, name)[mask])
+    assert several == pytest.approx(one, abs=1e-5)
+
+
 def test_gradient_is_clipped(make_trainer, make_model):
     trainer, experience = moved_trainer(make_trainer, make_model, max_grad_norm=1e9)
     statistics, _ = gradients_of_minibatch(trainer, experience, CHUNK)
@@ -595,6 +615,9 @@ def test_loss_that_is_not_finite(make_trainer):
         ({"response_length": 0}, "response_length: expected at least 1, found 0"),
         ({"microbatch_size": 0}, "microbatch_size: expected at least 1, found 0"),
         ({"calibration_prompts": 0}, "calibration_prompts: expected at least 1, found 0"),
+        ({"inference_batch_size": 0}, "inference_batch_size: expected at least 1, found 0"),
+        ({"rollout_engine": "x"}, "rollout_engine: expected one of transformers, vllm, auto, found 'x'"),
+        ({"vllm_memory": 1.5}, "vllm_memory: expected a share between 0 and 1, found 1.5"),
         ({"minibatch_size": 3}, "minibatch_size: expected a divisor of rollout_batch_size 8, found 3"),
         ({"rollout_batch_size": 16}, "train_dataset: 12 prompts, fewer than rollout_batch_size 16"),
         ({"temperature": 0.0}, "temperature: expected above 0 .*, found 0.0"),

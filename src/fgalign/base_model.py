@@ -48,6 +48,8 @@ class PretrainedConfig(Section):
     revision: str | None = None
     package: str | None = None
     gguf_file: str | None = None
+    chat_template: str | None = None
+    """Takes the place of the tokenizer's; needed where it has none."""
     max_length: int = 512
 
 
@@ -158,6 +160,8 @@ def build_pretrained(config: PretrainedConfig, out: Path) -> None:
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
     _separate_pad(tokenizer, model)
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(out)

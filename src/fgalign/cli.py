@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 
 from fgalign.config import Profile, load_profile
-from fgalign.errors import FgalignError
+from fgalign.errors import ConfigError, FgalignError
+from fgalign.parallel import is_main_process, process_count
 
 app = typer.Typer(
     help="fgalign: fine-grained alignment of language models. Each command is one stage of dvc.yaml.",
@@ -30,14 +31,26 @@ Names = Annotated[list[str], typer.Argument()]
 
 
 @contextmanager
-def stage(profile_name: str | None, title: str) -> Iterator[Profile]:
-    """A profile for a stage; says what runs, and keeps how long it took in an untracked file."""
+def stage(profile_name: str | None, title: str, launched: bool = False) -> Iterator[Profile]:
+    """A profile for a stage; says what runs, and keeps how long it took in an untracked file.
+
+    Raises:
+        ConfigError: `accelerate launch` started several processes of a stage that is not meant for it (``launched``).
+    """
+    if process_count() > 1 and not launched:
+        raise ConfigError(
+            f"{title}: this stage runs in one process, found {process_count()}; start it without accelerate launch "
+            "(training stages can be launched: sft, reward-model, align)"
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # The stages show bars of their own; those of loading and mapping are many and short.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     started = time.time()
     profile = load_profile(profile_name)
+    if not is_main_process():
+        yield profile
+        return
     print(f"[{profile.name}] {title}", flush=True)
     yield profile
     seconds = {"stage": title, "seconds": round(time.time() - started, 2)}
@@ -46,6 +59,22 @@ def stage(profile_name: str | None, title: str) -> Iterator[Profile]:
     with open(log, "a", encoding="utf-8") as file:
         file.write(json.dumps(seconds) + "\n")
     print(f"[{profile.name}] {title}: {seconds['seconds']} s", flush=True)
+
+
+@app.command()
+def plan(
+    profile: ProfileOption = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Instead of the profile's number of GPUs.")] = None,
+) -> None:
+    """Check a profile without running it: shapes, memory a GPU, hours a stage (those with a section `plan`)."""
+    from fgalign.plan import report
+
+    text, wrong = report(load_profile(profile), gpus)
+    print(text)
+    for line in wrong:
+        print(f"does not fit: {line}")
+    if wrong:
+        raise ConfigError(f"plan: {len(wrong)} of the profile's settings do not fit; see above")
 
 
 @app.command()
@@ -87,7 +116,7 @@ def labels(profile: ProfileOption = None) -> None:
 @app.command()
 def sft(profile: ProfileOption = None) -> None:
     """Supervised fine-tuning: the reference policy."""
-    with stage(profile, "sft") as current:
+    with stage(profile, "sft", launched=True) as current:
         from fgalign.stages.train import run_sft
 
         run_sft(current)
@@ -96,7 +125,7 @@ def sft(profile: ProfileOption = None) -> None:
 @app.command()
 def reward_model(name: Name, profile: ProfileOption = None) -> None:
     """A reward model: rm_preference, rm_edit or rm_token."""
-    with stage(profile, name) as current:
+    with stage(profile, name, launched=True) as current:
         from fgalign.stages.train import run_reward_model
 
         run_reward_model(current, name)
@@ -105,7 +134,7 @@ def reward_model(name: Name, profile: ProfileOption = None) -> None:
 @app.command()
 def align(name: Name, profile: ProfileOption = None) -> None:
     """An alignment method of the profile's `methods` section."""
-    with stage(profile, f"align@{name}") as current:
+    with stage(profile, f"align@{name}", launched=True) as current:
         from fgalign.stages.train import run_align
 
         run_align(current, name)

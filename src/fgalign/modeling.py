@@ -11,7 +11,7 @@ from torch import nn
 
 from fgalign.config import Section
 from fgalign.errors import InputError
-from fgalign.parallel import can_fork, cores
+from fgalign.parallel import can_fork, cores, process_count
 
 
 class RuntimeConfig(Section):
@@ -32,6 +32,9 @@ class RuntimeConfig(Section):
 def set_up(config: RuntimeConfig) -> torch.device:
     """Choose the device, fix the threads and make torch deterministic; returns the device.
 
+    In one of several launched processes it joins the others (accelerate's ``PartialState``), and a GPU is the process's
+    own.
+
     Raises:
         InputError: a GPU is asked for and there is none.
     """
@@ -48,6 +51,10 @@ def set_up(config: RuntimeConfig) -> torch.device:
     # Deterministic mode also fills every new tensor, which costs a third of a training step; nothing here reads
     # memory it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False
+    if process_count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not use_cuda)
     return torch.device("cuda" if use_cuda else "cpu")
 
 
@@ -117,12 +124,30 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save model (a LoRA adapter merged into it) and tokenizer as safetensors and JSON."""
-    if hasattr(model, "merge_and_unload"):
+def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
+    """Save model (a LoRA adapter merged into it) and tokenizer as safetensors and JSON.
+
+    ``state``: the model's full weights, where the model itself holds a part of them (``full_state``).
+    """
+    if state is None and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     tokenizer.save_pretrained(folder)
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Whether a process holds only a part of the weights (FSDP, ZeRO-3)."""
+    kind = str(accelerator.distributed_type)
+    return "FSDP" in kind or ("DEEPSPEED" in kind and accelerator.state.deepspeed_plugin.zero_stage == 3)
+
+
+def full_state(model: Any, accelerator: Any, prefix: str = "") -> dict[str, Any] | None:
+    """All weights of a prepared model whose names begin with ``prefix``, without it; complete on the main process.
+    None where the model itself holds them. Every process has to call it."""
+    if not is_sharded(accelerator):
+        return None
+    state = accelerator.get_state_dict(model) or {}
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _existing(path: Path | str) -> Path:

@@ -1,16 +1,24 @@
-"""Seeds side by side: independent work of the same stage in forked processes, where there are cores for it."""
+"""Seeds side by side: independent work of the same stage in forked processes, where there are cores for it.
+
+A stage that `accelerate launch` started as several processes trains its seeds one after another, each on all of them;
+what those processes need to know of each other before accelerate is set up is here too.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fgalign.errors import TrainingError
+from fgalign.io import atomic_dir
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,13 +31,14 @@ def each_seed(seeds: Sequence[T], work: Callable[[T], R], workers: int) -> list[
     """``work(seed)`` for every seed (or other item), in at most ``workers`` processes at a time; results in their
     order.
 
-    With one worker everything runs in this process. Otherwise processes are forked, so ``work`` may be a closure; what
-    it returns must be picklable. An error of one seed is raised here once the others have stopped.
+    With one worker, or in one of several launched processes, everything runs in this process. Otherwise processes are
+    forked, so ``work`` may be a closure; what it returns must be picklable. An error of one seed is raised here once
+    the others have stopped.
 
     Raises:
         TrainingError: a process was killed from outside, as Linux does when memory runs out.
     """
-    if workers <= 1 or len(seeds) <= 1:
+    if workers <= 1 or len(seeds) <= 1 or process_count() > 1:
         return [work(seed) for seed in seeds]
     global _work
     _work = work
@@ -56,10 +65,37 @@ def each_seed(seeds: Sequence[T], work: Callable[[T], R], workers: int) -> list[
 
 
 def progress(total: int, title: str, unit: str) -> Any:
-    """A tqdm bar, on a line of its own when several processes show one."""
+    """A tqdm bar, on a line of its own when several processes show one; of launched processes the first shows it."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=title, unit=unit, mininterval=1.0, position=_row)
+    return tqdm(total=total, desc=title, unit=unit, mininterval=1.0, position=_row, disable=not is_main_process())
+
+
+def process_count() -> int:
+    """Number of processes that `accelerate launch` (or torchrun) started for this command; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the only one or the first of those launched: the one that writes and prints."""
+    return process_count() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def wait_for_everyone() -> None:
+    """Wait for the other launched processes; nothing to do without them."""
+    if process_count() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+@contextmanager
+def output_dir(path: str | Path) -> Iterator[Path]:
+    """The folder that a stage writes into: ``io.atomic_dir``. Of several launched processes only the first one's is
+    put in place, once all have come to the end; each other gets an empty folder that is thrown away."""
+    with atomic_dir(path) if is_main_process() else tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        wait_for_everyone()
 
 
 def cores() -> int:

@@ -21,6 +21,9 @@
    token minus the mean of that of the other responses to the prompt (``losses.ppo.group_advantages``). With
    ``whiten_advantages`` the advantages of the batch get mean 0 and variance 1.
 
+On several processes (`accelerate launch`) each samples, scores and trains on its share of a round's responses; prompts,
+random numbers, minibatches and statistics are those of one process, so that losses are the same up to rounding.
+
 ``GLOSSARY`` explains every statistic that is logged.
 """
 
@@ -37,6 +40,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgalign.distributed import (
+    by_rows,
+    check_supported,
+    full_parameters,
+    gather_rollout,
+    gathered,
+    own_rows,
+    prepare_trained,
+    shard_frozen,
+)
 from fgalign.errors import ConfigError, TrainingError
 from fgalign.losses.ppo import (
     AdaptiveKLController,
@@ -50,8 +63,9 @@ from fgalign.losses.ppo import (
     value_loss,
 )
 from fgalign.rewards import RewardFunction, response_scores
-from fgalign.rollout import Rollout, response_logps, sample_responses, uniforms
-from fgalign.tensor_ops import entropy, gae, masked_mean, masked_sum, pad, position_ids, token_logps, whiten
+from fgalign.rollout import Rollout, response_logps, uniforms
+from fgalign.rollout_engine import ENGINES, RolloutEngine, TransformersEngine, choose_engine, start_vllm
+from fgalign.tensor_ops import entropy, gae, masked_mean, masked_sum, position_ids, token_logps, whiten
 
 GLOSSARY: dict[str, str] = {
     "reward/score": "mean score of a response before scaling: the sequence reward, or the sum of its token rewards",
@@ -104,6 +118,12 @@ class FineGrainedPPOConfig:
     microbatch_size: int | None = None
     """Responses of one forward and backward pass of a process (None: its minibatch); gradients of a minibatch's passes
     add up."""
+    inference_batch_size: int | None = None
+    """Responses that a process samples or scores at once (None: its share of the round); vLLM decides by itself."""
+    rollout_engine: str = "transformers"
+    """What samples: ``transformers``, ``vllm``, or ``auto``: vLLM where it is installed and there is a GPU."""
+    vllm_memory: float = 0.3
+    """Share of a GPU's memory that vLLM may take."""
     learning_rate: float = 1e-5
     value_learning_rate: float | None = None
     """Learning rate of the value head or value model (None: the same)."""
@@ -158,11 +178,12 @@ def check_config(args: FineGrainedPPOConfig) -> None:
         "kl_estimator": ("k1", "k2", "k3"),
         "reward_scale": ("reference_std", "none"),
         "advantage": ("gae", "group"),
+        "rollout_engine": ENGINES,
     }.items():
         if getattr(args, name) not in allowed:
             raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, found {getattr(args, name)!r}")
     counts = ("updates", "rollout_batch_size", "epochs", "minibatch_size", "response_length", "calibration_prompts")
-    for name in (*counts, "microbatch_size"):
+    for name in (*counts, "microbatch_size", "inference_batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"{name}: expected at least 1, found {getattr(args, name)}")
     if args.rollout_batch_size % args.minibatch_size:
@@ -180,6 +201,8 @@ def check_config(args: FineGrainedPPOConfig) -> None:
             )
         if args.value_model != "head":
             raise ConfigError(f"value_model: advantage group has none; leave it at 'head', found {args.value_model!r}")
+    if not 0 < args.vllm_memory < 1:
+        raise ConfigError(f"vllm_memory: expected a share between 0 and 1, found {args.vllm_memory}")
     if not args.temperature > 0:
         raise ConfigError(f"temperature: expected above 0 (training needs a distribution), found {args.temperature}")
 
@@ -190,6 +213,9 @@ class PolicyWithValue(nn.Module):
 
     def __init__(self, policy: Any, value_model: Any = None, has_values: bool = True) -> None:
         super().__init__()
+        # What FSDP shards by itself; and what TRL asks of a model that it unwraps.
+        self._no_split_modules = getattr(policy, "_no_split_modules", None)
+        self.is_gradient_checkpointing = False
         self.policy = policy
         self.value_model = value_model
         self.has_values = has_values
@@ -198,6 +224,10 @@ class PolicyWithValue(nn.Module):
             # Values start at 0: an untrained head must not disturb the first advantages.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+
+    def run_policy(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass of the policy alone. Sharded weights are gathered by the outermost module, which is this one."""
+        return self.policy(*args, **kwargs)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         """Logits (B, keep, V) and values (B, keep) at the last ``keep`` positions."""
@@ -232,6 +262,29 @@ class Experience:
     returns: Tensor
 
 
+class ShardedPolicy:
+    """The policy within a ``PolicyWithValue`` whose weights FSDP has sharded, called as a causal LM is."""
+
+    def __init__(self, model: PolicyWithValue) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.run_policy(*args, **kwargs)
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+        return self.model.training
+
+    def eval(self) -> None:
+        """Put the model into evaluation mode."""
+        self.model.eval()
+
+    def train(self, mode: bool = True) -> None:
+        """Put the model into training mode, or out of it."""
+        self.model.train(mode)
+
+
 class FineGrainedPPOTrainer:
     """PPO with a reward a sequence or a token (see the module's text).
 
@@ -239,7 +292,8 @@ class FineGrainedPPOTrainer:
         model: causal LM to align, in float32.
         ref_model: the reference policy, kept as it is; with ``peft_config`` it may be None: then it is the model with
             its adapter switched off.
-        reward: see the module's text.
+        reward: see the module's text; of several rows no reward may depend on another row. A ``model`` that the
+            function carries as an attribute is put on the device, and sharded where the policy is.
         args: the configuration.
         train_dataset: prompts as lists of token ids.
         processing_class: tokenizer; gives the ids of padding and end of sequence.
@@ -288,6 +342,7 @@ class FineGrainedPPOTrainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.args = args
         self.accelerator = Accelerator(cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "no")
+        check_supported(self.accelerator, adapter=peft_config is not None)
         self.reward = reward
         self.prompts = train_dataset
         self.tokenizer = processing_class
@@ -296,17 +351,16 @@ class FineGrainedPPOTrainer:
         processes = self.accelerator.num_processes
         if args.rollout_batch_size % processes or args.minibatch_size % processes:
             raise ConfigError(f"rollout_batch_size and minibatch_size: expected multiples of {processes} processes")
-        if args.rollout_batch_size // args.group_size % processes:
-            raise ConfigError(
-                f"rollout_batch_size / group_size: expected a multiple of {processes} processes, found "
-                f"{args.rollout_batch_size // args.group_size}: a process samples whole groups"
-            )
         # Without dropout the ratio of the new to the old policy is 1 before the first step.
         both = PolicyWithValue(model, value_model, has_values=args.advantage == "gae").eval()
         optimizer = torch.optim.AdamW(self._groups(both), weight_decay=args.weight_decay, betas=(0.9, 0.95))
-        self.model, self.optimizer = self.accelerator.prepare(both, optimizer)
+        self.model, self.optimizer = prepare_trained(
+            both, optimizer, self.accelerator, args.microbatch_size or args.minibatch_size // processes
+        )
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.ref_model = ref_model.to(self.device).eval() if ref_model is not None else None
+        self.ref_model = shard_frozen(ref_model, self.accelerator) if ref_model is not None else None
+        if processes > 1 and hasattr(reward, "model"):
+            shard_frozen(reward.model, self.accelerator)
         self.kl_controller = (
             FixedKLController(args.kl_coef)
             if args.kl_controller == "fixed"
@@ -315,6 +369,8 @@ class FineGrainedPPOTrainer:
         self._generator = torch.Generator().manual_seed(args.seed)
         self._order = self._prompt_order()
         self.reward_factor = 1.0
+        self.engine = self._start_engine()
+        self._weights_changed = True
         self.response_tokens = 0
         self.gradient_updates = 0
 
@@ -325,7 +381,9 @@ class FineGrainedPPOTrainer:
 
     @property
     def policy(self) -> Any:
-        """The policy under training, without the value head."""
+        """The policy under training, without the value head: a causal LM, or ``ShardedPolicy``."""
+        if self.accelerator.is_fsdp2:
+            return ShardedPolicy(self.model)
         return self.accelerator.unwrap_model(self.model).policy
 
     def train(self) -> None:
@@ -345,7 +403,7 @@ class FineGrainedPPOTrainer:
         rollout = self.sample(self._next_prompts())
         sampled = time.perf_counter()
         experience, statistics = self.make_experience(rollout)
-        self.response_tokens += int(self._sum(rollout.response_mask.sum()))
+        self.response_tokens += int(rollout.response_mask.sum())
         self.kl_controller.update(statistics["kl/response"], self.args.rollout_batch_size)
         scored = time.perf_counter()
         statistics |= self.update(experience)
@@ -360,33 +418,30 @@ class FineGrainedPPOTrainer:
         return statistics
 
     def sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor | None = None) -> Rollout:
-        """One response of the current policy to each prompt; ``uniform`` (B, T) fixes the random numbers."""
+        """One response of the current policy to each prompt; ``uniform`` (B, T) fixes the random numbers. Every process
+        gives all prompts and gets all responses."""
         if uniform is None:
             uniform = uniforms(len(prompts), self.args.response_length, self._generator)
+        if self._weights_changed:
+            self.engine.sync()
+            self._weights_changed = False
+        rows = own_rows(len(prompts), self.accelerator)
         with self.accelerator.autocast():
-            return sample_responses(
-                self.policy,
-                pad(prompts, self.tokenizer.pad_token_id, side="left").to(self.device),
-                pad([[1] * len(ids) for ids in prompts], 0, side="left").bool().to(self.device),
-                uniform,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                temperature=self.args.temperature,
-            )
+            rollout = self.engine.sample([prompts[row] for row in rows], uniform[rows], self.args.temperature)
+        return gather_rollout(rollout, len(prompts), self.tokenizer.pad_token_id, self.accelerator)
 
     @torch.no_grad()
     def make_experience(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
         """Score a round's responses and compute advantages; also its statistics. Nothing of the trainer changes."""
         args, mask = self.args, rollout.response_mask
-        raw = self._score(rollout)
-        logits, values = self._forward(rollout)
-        logps = token_logps(logits / args.temperature, rollout.response_ids)
+        raw = self.score(rollout)
+        logps, values, entropies = self.by_rows(rollout, self._old_policy)
         ref_logps = self.ref_logps(rollout)
         kl = kl_per_token(logps, ref_logps, args.kl_estimator)
         scaled = self.reward_factor * (rewards_at_last_token(raw, mask) if raw.dim() == 1 else raw)
         paid = scaled - args.missing_eos_penalty * rewards_at_last_token(rollout.truncated.float(), mask)
         if args.whiten_rewards:
-            paid = whiten(paid, mask, shift_mean=False, reduce=self._sum)
+            paid = whiten(paid, mask, shift_mean=False)
         shaped = shaped_rewards(paid, kl, self.kl_controller.value, mask)
         if args.advantage == "group":
             advantages, returns = group_advantages(shaped, mask, args.group_size, args.gamma)
@@ -394,22 +449,22 @@ class FineGrainedPPOTrainer:
         else:
             advantages, returns = gae(shaped, values, mask, gamma=args.gamma, lam=args.lam)
         if args.whiten_advantages:
-            advantages = whiten(advantages, mask, reduce=self._sum)
+            advantages = whiten(advantages, mask)
 
         scores = response_scores(raw, mask)
-        tokens = int(self._sum(mask.sum()))
+        tokens = int(mask.sum())
         residual = masked_mean((returns - values - masked_mean(returns - values, mask)).square(), mask)
         spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
         statistics = {
-            "reward/score": self._mean(scores),
+            "reward/score": float(scores.float().mean()),
             "reward/score_std": float(scores.std(correction=0)),
             "reward/token": float(masked_mean(scaled, mask)),
-            "reward/shaped": self._mean(masked_sum(shaped, mask, 1)),
-            "kl/response": self._mean(masked_sum(logps - ref_logps, mask, 1)),
+            "reward/shaped": float(masked_sum(shaped, mask, 1).float().mean()),
+            "kl/response": float(masked_sum(logps - ref_logps, mask, 1).float().mean()),
             "kl/coef": self.kl_controller.value,
             "response/tokens": tokens / args.rollout_batch_size,
-            "response/truncated": self._mean(rollout.truncated.float()),
-            "policy/entropy": float(masked_mean(entropy(logits / args.temperature), mask)),
+            "response/truncated": float(rollout.truncated.float().mean()),
+            "policy/entropy": float(masked_mean(entropies, mask)),
             "value/explained_variance": float(1 - residual / spread.clamp(min=1e-8)),
         }
         return Experience(rollout, logps, values, advantages, returns), statistics
@@ -417,30 +472,34 @@ class FineGrainedPPOTrainer:
     def update(self, experience: Experience) -> dict[str, float]:
         """All optimiser steps of a round; the mean of their statistics."""
         rows = experience.advantages.shape[0]
-        size = self.args.minibatch_size // self.accelerator.num_processes
         sums: dict[str, float] = {}
         steps = 0
         self._checkpoint_layers()
         for _ in range(self.args.epochs):
             order = torch.randperm(rows, generator=self._generator)
-            for chunk in order.split(size):
+            for chunk in order.split(self.args.minibatch_size):
                 for name, value in self.minibatch_step(experience, chunk).items():
                     sums[name] = sums.get(name, 0.0) + value
                 steps += 1
         self.model.eval()
+        self._weights_changed = True
         return {name: value / steps for name, value in sums.items()}
 
     def minibatch_step(self, experience: Experience, chunk: Tensor) -> dict[str, float]:
-        """One optimiser step on the responses at ``chunk``, in micro-batches whose gradients add up exactly."""
-        args = self.args
+        """One optimiser step on the responses at ``chunk``, in micro-batches whose gradients add up exactly; a process
+        takes its share of them."""
+        args, processes = self.args, self.accelerator.num_processes
         mask = experience.rollout.response_mask[chunk.to(self.device)]
-        total = self._sum(mask.sum()).clamp(min=1)
+        total = mask.sum().clamp(min=1)
         statistics = dict.fromkeys(
             ("policy/loss", "policy/clip_fraction", "policy/approximate_kl", "value/loss", "value/clip_fraction"), 0.0
         )
-        pieces = chunk.split(args.microbatch_size or len(chunk))
+        own = chunk[self.accelerator.process_index :: processes]
+        pieces = own.split(args.microbatch_size or len(own))
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
+            # DeepSpeed takes its step in the backward pass, and asks this whether to.
+            self.accelerator.sync_gradients = last
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 losses, share = self._micro_losses(experience, piece.to(self.device), total)
                 # Processes' gradients are averaged, so each multiplies by their number.
@@ -450,20 +509,28 @@ class FineGrainedPPOTrainer:
                         f"PPO loss is {float(loss)} after {self.gradient_updates} gradient updates; expected a finite "
                         "number: lower the learning rate or look at the rewards"
                     )
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+                self.accelerator.backward(loss * processes)
             for name in statistics:
                 statistics[name] += losses[name].item() * share.item()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.gradient_updates += 1
+        if processes > 1:
+            sums = torch.tensor(list(statistics.values()), dtype=torch.float64, device=self.device)
+            statistics = dict(zip(statistics, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
         return {**statistics, "gradient/norm": float(norm)}
 
     def save_model(self, folder: str | Path | None = None) -> None:
-        """Save policy (adapter merged) and tokenizer to ``folder`` (default: ``args.output_dir``)."""
-        from fgalign.modeling import save_model
+        """Save policy (adapter merged) and tokenizer to ``folder`` (default: ``args.output_dir``); of several processes
+        the main one writes."""
+        from fgalign.modeling import full_state, save_model
 
-        save_model(self.policy, self.tokenizer, Path(folder or self.args.output_dir))
+        state = full_state(self.model, self.accelerator, "policy.")
+        if self.accelerator.is_main_process:
+            policy = self.accelerator.unwrap_model(self.model).policy
+            save_model(policy, self.tokenizer, Path(folder or self.args.output_dir), state)
+        self.accelerator.wait_for_everyone()
 
     def _micro_losses(self, experience: Experience, index: Tensor, total: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of a micro-batch, each a mean over its tokens, and its share of the minibatch's tokens."""
@@ -501,17 +568,44 @@ class FineGrainedPPOTrainer:
         logits, values = self.model(rollout.input_ids, rollout.attention_mask.long(), keep)
         return logits[:, :-1], values[:, :-1]
 
+    def _old_policy(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of the response tokens, values and entropies: (B, T) each."""
+        logits, values = self._forward(rollout)
+        scaled = logits / self.args.temperature
+        return token_logps(scaled, rollout.response_ids), values, entropy(scaled)
+
+    def by_rows(self, rollout: Rollout, function: Callable[[Rollout], Any]) -> Any:
+        """``function`` of a rollout, shared out over the processes (``distributed.by_rows``)."""
+        return by_rows(rollout, function, self.accelerator, self.args.inference_batch_size)
+
+    @torch.no_grad()
+    def logps(self, rollout: Rollout) -> Tensor:
+        """Log-probabilities (B, T) of the response tokens under the policy under training."""
+
+        def own(part: Rollout) -> Tensor:
+            with self.accelerator.autocast():
+                return response_logps(self.policy, part, self.args.temperature)
+
+        return self.by_rows(rollout, own)
+
     @torch.no_grad()
     def ref_logps(self, rollout: Rollout) -> Tensor:
         """Log-probabilities (B, T) of the response tokens under the reference policy."""
-        with self.accelerator.autocast():
-            if self.ref_model is not None:
-                return response_logps(self.ref_model, rollout, self.args.temperature)
-            with self.policy.disable_adapter():
-                return response_logps(self.policy, rollout, self.args.temperature)
+
+        def own(part: Rollout) -> Tensor:
+            with self.accelerator.autocast():
+                if self.ref_model is not None:
+                    return response_logps(self.ref_model, part, self.args.temperature)
+                with self.policy.disable_adapter():
+                    return response_logps(self.policy, part, self.args.temperature)
+
+        return self.by_rows(rollout, own)
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """Rewards of the responses, (B,) or (B, T), checked: finite, and of one of the two shapes."""
+        return self.by_rows(rollout, self._score)
 
     def _score(self, rollout: Rollout) -> Tensor:
-        """Rewards, (B,) or (B, T), checked: finite, and of one of the two shapes."""
         with self.accelerator.autocast():
             rewards = self.reward(rollout).float()
         if rewards.shape not in (rollout.truncated.shape, rollout.response_mask.shape):
@@ -535,7 +629,7 @@ class FineGrainedPPOTrainer:
         scores = []
         for start in range(0, len(chosen), size):
             rollout = self.sample(chosen[start : start + size])
-            scores.append(response_scores(self._score(rollout), rollout.response_mask))
+            scores.append(response_scores(self.score(rollout), rollout.response_mask))
         # In float64, where the mean of equal float32 numbers is that number.
         spread = float(torch.cat(scores).double().std(correction=0))
         if not spread > 1e-6:
@@ -573,12 +667,10 @@ class FineGrainedPPOTrainer:
             group["lr"] = rate * factor
 
     def _next_prompts(self) -> list[Sequence[int]]:
-        """This process's share of the next round's prompts, each ``group_size`` times in a row; every process draws the
-        same order."""
+        """The next round's prompts, each ``group_size`` times in a row; every process draws the same."""
         size = self.args.group_size
         drawn = [self.prompts[next(self._order)] for _ in range(self.args.rollout_batch_size // size)]
-        share = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
-        return [prompt for prompt in share for _ in range(size)]
+        return [prompt for prompt in drawn for _ in range(size)]
 
     def _prompt_order(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.args.seed)
@@ -589,12 +681,27 @@ class FineGrainedPPOTrainer:
         for callback in self._callbacks:
             callback(self, update)
 
-    def _sum(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
-
-    def _mean(self, values: Tensor) -> float:
-        mean = values.float().mean()
-        return float(self.accelerator.reduce(mean, "mean") if self.accelerator.num_processes > 1 else mean)
+    def _start_engine(self) -> RolloutEngine:
+        ids = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        if choose_engine(self.args.rollout_engine) == "transformers":
+            return TransformersEngine(
+                lambda: self.policy,
+                lambda: gathered(self.model, self.accelerator),
+                self.device,
+                batch_size=self.args.inference_batch_size,
+                **ids,
+            )
+        policy = self.accelerator.unwrap_model(self.model).policy
+        if hasattr(policy, "merge_adapter"):
+            raise ConfigError("rollout_engine: expected 'transformers' with peft_config, found 'vllm'")
+        return start_vllm(
+            policy.name_or_path,
+            lambda: full_parameters(policy, self.accelerator),
+            self.device,
+            max_length=max(map(len, self.prompts)) + self.args.response_length,
+            memory=self.args.vllm_memory,
+            **ids,
+        )
 
 
 CONFIG_FIELDS = tuple(field.name for field in fields(FineGrainedPPOConfig))

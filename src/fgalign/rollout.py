@@ -56,6 +56,26 @@ class Rollout(NamedTuple):
         return [ids[mask].tolist() for ids, mask in zip(self.response_ids, self.response_mask, strict=True)]
 
 
+def concatenate(parts: Sequence[Rollout], pad_token_id: int) -> Rollout:
+    """Rollouts one below the other, padded to the widest prompt and the longest response of all."""
+    if len(parts) == 1:
+        return parts[0]
+    prompt, response = (max(getattr(part, name).shape[1] for part in parts) for name in ("prompt_ids", "response_ids"))
+
+    def widened(part: Rollout) -> Rollout:
+        left, right = (prompt - part.prompt_ids.shape[1], 0), (0, response - part.response_ids.shape[1])
+        pad_with = torch.nn.functional.pad
+        return Rollout(
+            pad_with(part.prompt_ids, left, value=pad_token_id),
+            pad_with(part.prompt_mask, left, value=False),
+            pad_with(part.response_ids, right, value=pad_token_id),
+            pad_with(part.response_mask, right, value=False),
+            part.truncated,
+        )
+
+    return Rollout(*map(torch.cat, zip(*map(widened, parts), strict=True)))
+
+
 def uniforms(rows: int, length: int, generator: torch.Generator) -> Tensor:
     """Random numbers for ``rows`` responses of up to ``length`` tokens: (rows, length) in [0, 1)."""
     return torch.rand(rows, length, generator=generator, dtype=torch.float64)

@@ -9,11 +9,11 @@ from typing import Any
 from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.errors import InputError
-from fgalign.modeling import load_causal_lm, save_model
+from fgalign.modeling import load_causal_lm
 from fgalign.schema import Demonstration
 from fgalign.tokens import encode_prompt, encode_response
 from fgalign.tracking import Run
-from fgalign.training import OptimConfig, peft_config, train, trainer_arguments
+from fgalign.training import OptimConfig, peft_config, save_trained, train, trainer_arguments
 
 
 class SFTSection(Section):
@@ -123,5 +123,5 @@ def train_rows(
         peft_config=peft_config(optim, "CAUSAL_LM"),
     )
     spent = train(trainer, run, title, optim.max_tokens)
-    save_model(trainer.model, tokenizer, out)
+    save_trained(trainer, tokenizer, out)
     return spent

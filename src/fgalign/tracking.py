@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fgalign.config import Profile
+from fgalign.parallel import is_main_process
 
 _BATCH = 500
 
@@ -98,7 +99,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _open(profile: Profile, stage: str, seed: int | None, params: Mapping[str, Any]) -> Run:
-    if os.environ.get("FGALIGN_TRACKING") == "off":
+    if os.environ.get("FGALIGN_TRACKING") == "off" or not is_main_process():
         return Run()
     # MLflow tries a server that does not answer for minutes, and each stage would wait for it.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

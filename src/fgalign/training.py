@@ -10,8 +10,9 @@ from pydantic import Field, model_validator
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fgalign.config import Section
-from fgalign.errors import TrainingError
-from fgalign.parallel import progress
+from fgalign.errors import ConfigError, TrainingError
+from fgalign.modeling import full_state, is_sharded, save_model
+from fgalign.parallel import is_main_process, progress
 from fgalign.tracking import Run
 
 # Named for the transformers that is installed: newer ones warn of the old name. Always passed, as TRL's default is on.
@@ -131,6 +132,16 @@ def train(trainer: Trainer, run: Run, title: str, max_tokens: int | None = None)
     trainer.add_callback(ProgressCallback(run, title, max_tokens))
     trainer.train()
     return {"training_tokens": trainer.state.num_input_tokens_seen, "gradient_updates": trainer.state.global_step}
+
+
+def save_trained(trainer: Trainer, tokenizer: Any, folder: Path) -> None:
+    """Save what a trainer has trained (``modeling.save_model``); of several processes the main one writes."""
+    sharded = is_sharded(trainer.accelerator)
+    if sharded and hasattr(trainer.model, "merge_and_unload"):
+        raise ConfigError("optim.lora: expected none with sharded weights; launch with reproduce/accelerate/ddp.yaml")
+    state = full_state(trainer.model_wrapped, trainer.accelerator)
+    if is_main_process():
+        save_model(trainer.model, tokenizer, folder, state)
 
 
 class ProgressCallback(TrainerCallback):

@@ -11,10 +11,10 @@ from trl import DPOConfig, DPOTrainer
 from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.errors import InputError
-from fgalign.modeling import load_causal_lm, save_model
+from fgalign.modeling import load_causal_lm
 from fgalign.schema import Preference
 from fgalign.tokens import encode_prompt, encode_response
-from fgalign.training import OptimConfig, peft_config, train, trainer_arguments
+from fgalign.training import OptimConfig, peft_config, save_trained, train, trainer_arguments
 
 
 class Config(Section):
@@ -79,4 +79,4 @@ def run(context: Context, config: Config) -> None:
         peft_config=peft_config(optim, "CAUSAL_LM"),
     )
     context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", optim.max_tokens))
-    save_model(trainer.model, context.tokenizer, context.out)
+    save_trained(trainer, context.tokenizer, context.out)

@@ -11,9 +11,9 @@ from pydantic import Field
 from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.decoding import draw_best
-from fgalign.errors import TrainingError
+from fgalign.errors import ConfigError, TrainingError
 from fgalign.modeling import load_causal_lm
-from fgalign.parallel import progress
+from fgalign.parallel import process_count, progress
 from fgalign.rewards import load_reward
 from fgalign.sft import align_rows, sft_row
 from fgalign.tokens import check_budget, encode_prompt
@@ -46,8 +46,11 @@ def run(context: Context, config: Config) -> None:
     """Sample, choose and train in rounds, on the prompts of the training split.
 
     Raises:
+        ConfigError: several processes were launched; a round starts from the files of the one before.
         TrainingError: every response of a round is cut off.
     """
+    if process_count() > 1:
+        raise ConfigError(f"methods.{context.stage}: expert iteration runs in one process, found {process_count()}")
     tokenizer = context.tokenizer
     records = context.split("train").prompts[: config.prompts]
     prompts = [encode_prompt(tokenizer, record.prompt) for record in records]

@@ -33,11 +33,11 @@ from fgalign.losses.figa import (
     revised_weights,
     scored_labels,
 )
-from fgalign.modeling import load_causal_lm, save_model
+from fgalign.modeling import load_causal_lm
 from fgalign.schema import BAD, GOOD, LabelledPair
 from fgalign.tensor_ops import pad, token_logps
 from fgalign.tokens import encode_response
-from fgalign.training import OptimConfig, add_lora, peft_config, train, trainer_arguments
+from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
 
 
 @dataclass
@@ -203,12 +203,13 @@ class FIGATrainer(Trainer):
             for batch in batches:
                 count += self.loss(self.model, self._prepare_inputs(batch)).weighted_tokens
         # Data-parallel training averages gradients over processes: the share of each is the mean count.
-        return batches, self.accelerator.reduce(count, "mean").clamp(min=1)
+        return batches, self.accelerator.reduce(count, "sum").clamp(min=1) / self.args.world_size
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log with FIGA's counts beside the loss."""
+        """Log with FIGA's counts, of all processes, beside the loss."""
         if "loss" in logs:
-            logs = {**logs, **self._counts}
+            counts = torch.tensor(list(self._counts.values()), dtype=torch.float64, device=self.args.device)
+            logs = {**logs, **dict(zip(self._counts, self.accelerator.reduce(counts, "sum").tolist(), strict=True))}
         super().log(logs, *args, **kwargs)
 
 
@@ -452,4 +453,4 @@ def run(context: Context, config: Config) -> None:
         peft_config=peft_config(config.optim, "CAUSAL_LM"),
     )
     context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", config.optim.max_tokens))
-    save_model(trainer.model, context.tokenizer, context.out)
+    save_trained(trainer, context.tokenizer, context.out)

@@ -16,10 +16,10 @@ from pydantic import model_validator
 from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.modeling import load_causal_lm
-from fgalign.parallel import progress
+from fgalign.parallel import process_count, progress
 from fgalign.ppo_trainer import FineGrainedPPOConfig, FineGrainedPPOTrainer
 from fgalign.rewards import load_reward, response_scores
-from fgalign.rollout import Rollout, response_logps, uniforms
+from fgalign.rollout import Rollout, uniforms
 from fgalign.schema import CurveSample, write_records
 from fgalign.tensor_ops import masked_sum
 from fgalign.tokens import check_budget, decode_response, encode_prompt
@@ -77,11 +77,9 @@ class CurveRecorder:
             rows = slice(start, start + size)
             rollout = trainer.sample(self.encoded[rows], self.uniform[rows])
             mask = rollout.response_mask
-            scores = response_scores(trainer.reward(rollout).float(), mask).tolist()
-            reference = trainer.ref_logps(rollout)
-            with trainer.accelerator.autocast():
-                logps = response_logps(trainer.policy, rollout, trainer.args.temperature)
-            kl = masked_sum(logps - reference, mask, 1).tolist()
+            rewards = trainer.by_rows(rollout, lambda part: trainer.reward(part).float())
+            scores = response_scores(rewards, mask).tolist()
+            kl = masked_sum(trainer.logps(rollout) - trainer.ref_logps(rollout), mask, 1).tolist()
             learned = self._advantages(trainer, rollout)
             answers = zip(self.prompts[rows], rollout.response_lists(), scores, kl, learned, strict=True)
             for record, ids, score, nats, advantages in answers:
@@ -130,11 +128,14 @@ def run(context: Context, config: Config) -> None:
             bar.update(1)
             bar.set_postfix_str(f"reward {statistics['reward/score']:.3f} KL {statistics['kl/response']:.2f}")
 
+        # Several processes take the models from the host's memory and shard them from there: whole, they would not fit
+        # on a GPU together.
+        device = context.device if process_count() == 1 else "cpu"
         lora = config.lora and peft_config(OptimConfig(learning_rate=0.0, lora=config.lora), "CAUSAL_LM")
         trainer = FineGrainedPPOTrainer(
-            load_causal_lm(context.model("sft"), context.device),
-            None if lora else load_causal_lm(context.model("sft"), context.device),
-            reward=load_reward(config.needs, context.model(config.needs), context.device, config.discrete),
+            load_causal_lm(context.model("sft"), device),
+            None if lora else load_causal_lm(context.model("sft"), device),
+            reward=load_reward(config.needs, context.model(config.needs), device, config.discrete),
             args=FineGrainedPPOConfig(
                 output_dir=str(context.out),
                 seed=context.seed,
@@ -144,25 +145,31 @@ def run(context: Context, config: Config) -> None:
             ),
             train_dataset=encoded["train"][1],
             processing_class=context.tokenizer,
-            value_model=_value_model(context) if trainer_config.get("value_model") == "separate" else None,
+            value_model=_value_model(context, device) if trainer_config.get("value_model") == "separate" else None,
             peft_config=lora,
             log=log,
             callbacks=[recorder],
         )
 
+        trained = torch.zeros((), dtype=torch.long, device=trainer.device)
+
         def count(_: Any, inputs: tuple[Any, ...]) -> None:
             if torch.is_grad_enabled():
-                context.spend(training_tokens=int(inputs[1].sum()))
+                trained.add_(inputs[1].sum())
 
         trainer.model.register_forward_pre_hook(count)
         trainer.train()
-    context.spend(sampled_tokens=trainer.response_tokens, gradient_updates=trainer.gradient_updates)
+    context.spend(
+        training_tokens=int(trainer.accelerator.reduce(trained, "sum")),
+        sampled_tokens=trainer.response_tokens,
+        gradient_updates=trainer.gradient_updates,
+    )
     trainer.save_model(context.out)
     write_records(context.out / "rollouts.jsonl", recorder.samples)
 
 
-def _value_model(context: Context) -> Any:
+def _value_model(context: Context, device: torch.device | str) -> Any:
     """A value model of its own, started from the SFT model with a new head of one output."""
     from fgalign.modeling import load_token_reward_model
 
-    return load_token_reward_model(context.model("sft"), context.device, num_labels=1)
+    return load_token_reward_model(context.model("sft"), device, num_labels=1)

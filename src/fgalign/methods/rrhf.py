@@ -17,12 +17,12 @@ from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.errors import TrainingError
 from fgalign.losses.rrhf import RrhfLoss, rrhf_loss
-from fgalign.modeling import load_causal_lm, save_model
+from fgalign.modeling import load_causal_lm
 from fgalign.rewards import load_reward
 from fgalign.rewards.scoring import as_rollout, score_responses
 from fgalign.rollout import Rollout, response_logps
 from fgalign.tokens import encode_prompt, encode_response
-from fgalign.training import OptimConfig, add_lora, peft_config, train, trainer_arguments
+from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
 
 
 class Config(Section):
@@ -149,4 +149,4 @@ def run(context: Context, config: Config) -> None:
         processing_class=context.tokenizer,
     )
     context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", optim.max_tokens))
-    save_model(trainer.model, context.tokenizer, context.out)
+    save_trained(trainer, context.tokenizer, context.out)

@@ -11,12 +11,12 @@ from transformers import Trainer, TrainingArguments
 
 from fgalign.config import Section
 from fgalign.context import Context
-from fgalign.modeling import load_causal_lm, save_model
+from fgalign.modeling import load_causal_lm
 from fgalign.rewards.scoring import as_rollout
 from fgalign.rollout import Rollout, response_logps
 from fgalign.tensor_ops import masked_mean
 from fgalign.tokens import encode_prompt, encode_response
-from fgalign.training import OptimConfig, train, trainer_arguments
+from fgalign.training import OptimConfig, save_trained, train, trainer_arguments
 
 
 class Config(Section):
@@ -62,4 +62,4 @@ def run(context: Context, config: Config) -> None:
     trainer = SimPOTrainer(model, TrainingArguments(**arguments), collate, rows)
     trainer.model_accepts_loss_kwargs = False  # each micro-batch gives a mean, so the parent divides by their number
     context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", optim.max_tokens))
-    save_model(trainer.model, tokenizer, context.out)
+    save_trained(trainer, tokenizer, context.out)

@@ -63,6 +63,7 @@ def reward_function(model: Any, level: str, discrete: bool = False) -> RewardFun
     def reward(rollout: Rollout) -> Tensor:
         return sequence_rewards(model, rollout) if level == "sequence" else token_rewards(model, rollout, discrete)
 
+    reward.model = model  # for a trainer that shards it
     return reward
 
 

@@ -14,11 +14,11 @@ from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.errors import InputError
 from fgalign.losses.token_reward import IGNORE, OUTPUTS, TokenLoss, inverse_frequency_weights, token_loss
-from fgalign.modeling import load_sequence_reward_model, load_token_reward_model, save_model
+from fgalign.modeling import load_sequence_reward_model, load_token_reward_model
 from fgalign.schema import LabelledPair
 from fgalign.tensor_ops import pad
 from fgalign.tokens import encode_prompt, encode_response
-from fgalign.training import OptimConfig, peft_config, train, trainer_arguments
+from fgalign.training import OptimConfig, peft_config, save_trained, train, trainer_arguments
 
 
 class RewardSection(Section):
@@ -67,7 +67,7 @@ def train_sequence_model(context: Context, config: RewardSection, rows: list[dic
         peft_config=peft_config(config.optim, "SEQ_CLS"),
     )
     context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", config.optim.max_tokens))
-    save_model(trainer.model, context.tokenizer, context.out)
+    save_trained(trainer, context.tokenizer, context.out)
 
 
 class TokenRewardCollator:
@@ -149,7 +149,7 @@ def train_token_model(context: Context, config: TokenRewardSection, pairs: list[
         processing_class=context.tokenizer,
     )
     context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", config.optim.max_tokens))
-    save_model(trainer.model, context.tokenizer, context.out)
+    save_trained(trainer, context.tokenizer, context.out)
 
 
 def _class_weights(pairs: Sequence[LabelledPair], config: TokenRewardSection) -> Tensor | None:

@@ -12,20 +12,21 @@ from pydantic import TypeAdapter
 from fgalign.config import Profile, Section, parse_section
 from fgalign.context import Context
 from fgalign.errors import ConfigError
-from fgalign.io import atomic_dir, write_json
+from fgalign.io import write_json
 from fgalign.methods import get_method
 from fgalign.modeling import RuntimeConfig, seed_everything, seed_workers, set_up, use_bf16
-from fgalign.parallel import each_seed
+from fgalign.parallel import each_seed, output_dir
 from fgalign.raw_data import read_split
 from fgalign.tracking import track
 
 
 def train_seeds(profile: Profile, stage: str, config: Section, train: Callable[[Context], None]) -> None:
     """Run ``train`` for every seed of the profile and put the models of all of them in place together, each with a
-    ``budget.json`` of what it has spent (see ``Context.spend``)."""
+    ``budget.json`` of what it has spent (see ``Context.spend``). Processes that `accelerate launch` started train each
+    seed together, one after the other."""
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
-    with atomic_dir(profile.data / "models" / stage) as folder:
+    with output_dir(profile.data / "models" / stage) as folder:
 
         def one(seed: int) -> None:
             seed_everything(seed)
@@ -55,7 +56,7 @@ def run_base(profile: Profile) -> None:
         runtime = runtime.model_copy(update={"threads": config.threads})
     device = set_up(runtime)
     with (
-        atomic_dir(profile.model_folder("base")) as out,
+        output_dir(profile.model_folder("base")) as out,
         track(profile, "base", None, config.model_dump()) as run,
     ):
         if isinstance(config, PretrainedConfig):

@@ -1,0 +1,442 @@
+"""What a profile needs before it is run: shapes checked on the meta device, memory a GPU, hours a stage.
+
+No weights are loaded and nothing is downloaded: models are built from ``plan.architecture`` on torch's meta device,
+where a forward pass gives shapes and costs nothing. Memory and hours are estimates by the formulas below, whose
+assumptions are keys of the profile's section ``plan``; none of them has been compared with a run of LLaMA-7B.
+
+Notation: P parameters of a trained model, n GPUs, R rows of a forward pass, L positions of a row, h hidden size, i
+intermediate size, V vocabulary, l layers. Memory, in bytes a GPU, with weights sharded over n GPUs (FSDP):
+
+- weights 4P/n, gradients 4P/n, Adam's two moments 8P/n, in float32; a frozen model 4P/n;
+- gathered weights in bf16: two layers (one is fetched while one computes) and all that is in no layer;
+- activations in bf16, for each layer R·L·(26h + 8i); with gradient checkpointing 2·R·L·h for each layer and the above
+  for one;
+- logits 16·R·K·V at K positions: in bf16, scaled by the temperature, in float32, and the gradients;
+- loading: transformers' trainers start from the whole model in float32 on each GPU, 4P, and FIGA's filter from a whole
+  reward model; PPO's models are loaded into the host's memory, by every process, and sharded from there;
+- rollouts: the policy gathered whole, 2P, and the key-value cache, 4·l·(key-value heads)·(head size)·L for each row.
+
+Time: training costs 6P operations a token, 8P with gradient checkpointing, a forward pass 2P; seconds are operations /
+(n · ``tflops`` · ``utilisation``). A decoding step takes ``step_overhead_ms``, and the time to read weights and cache
+once at ``bandwidth`` · ``decode_utilisation``; a batch takes as many steps as a response may have tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fgalign.config import Profile, Section
+from fgalign.errors import ConfigError
+from fgalign.modeling import parameter_count
+
+GIB = 2**30
+
+
+class Architecture(Section):
+    """What makes the model's shapes, under the names of its ``config.json``."""
+
+    model_type: Literal["llama"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+
+
+class DataSize(Section):
+    """How much data the stages read, and mean lengths in tokens."""
+
+    demonstrations: int
+    preferences: int
+    edits: int
+    figa_pairs: int
+    """Pairs that FIGA's filter keeps."""
+    prompt_tokens: int
+    response_tokens: int
+
+
+class PlanSection(Section):
+    """The hardware that a profile is meant for, and what the estimates assume."""
+
+    architecture: Architecture
+    data: DataSize
+    gpus: int = Field(ge=1)
+    memory_gib: float
+    """Memory of one GPU."""
+    tflops: float
+    """Peak of one GPU in bf16, 10^12 operations a second."""
+    bandwidth: float
+    """Of one GPU's memory, GB a second."""
+    utilisation: float
+    """Share of the peak that training and scoring reach."""
+    decode_utilisation: float
+    """Share of the bandwidth that decoding reaches."""
+    step_overhead_ms: float
+    """Of a decoding step, beside reading weights and cache."""
+    examples_per_step: dict[str, int] = Field(default_factory=dict)
+    """By stage, examples of one optimiser step over all GPUs, where a paper states them."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model: all, one decoder layer, and those in no layer."""
+
+    total: int
+    layer: int
+    layers: int
+
+    @property
+    def rest(self) -> int:
+        """Parameters in no decoder layer: embeddings, final norm, output layer or head."""
+        return self.total - self.layers * self.layer
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One stage: bytes a GPU by what they are for (those of phases that do not overlap under the phase's name) and
+    before training begins (``loading``), bytes of a host's memory for each process, hours for one seed, examples of an
+    optimiser step."""
+
+    stage: str
+    kept: dict[str, float]
+    phases: dict[str, dict[str, float]]
+    loading: float
+    host: float
+    hours: float
+    examples: int
+
+    @property
+    def peak(self) -> float:
+        """Bytes a GPU at the worst moment."""
+        return max(self.loading, sum(self.kept.values()) + max(sum(phase.values()) for phase in self.phases.values()))
+
+
+def build_on_meta(architecture: Architecture, kind: str, **config: Any) -> Any:
+    """A model without weights, in bf16: ``kind`` is CausalLM, SequenceClassification or TokenClassification.
+
+    Raises:
+        ConfigError: heads do not divide the hidden size, or key-value heads the heads.
+    """
+    import torch
+    import transformers
+
+    a = architecture
+    if a.hidden_size % a.num_attention_heads or a.num_attention_heads % a.num_key_value_heads:
+        raise ConfigError(
+            f"plan.architecture: expected num_attention_heads to divide hidden_size {a.hidden_size} and "
+            f"num_key_value_heads to divide it, found {a.num_attention_heads} and {a.num_key_value_heads}"
+        )
+    settings = {key: value for key, value in a.model_dump().items() if key != "model_type"}
+    with torch.device("meta"):
+        built = getattr(transformers, f"AutoModelFor{kind}").from_config(
+            transformers.AutoConfig.for_model(a.model_type, **settings, pad_token_id=0, **config),
+            # The others look at a mask's values, which there are none of.
+            attn_implementation="eager",
+        )
+    return built.to(torch.bfloat16)
+
+
+def sizes(model: Any) -> Sizes:
+    """Parameters of a transformers model."""
+    layers = model.base_model.layers
+    return Sizes(parameter_count(model), parameter_count(layers[0]), len(layers))
+
+
+def activation_bytes(a: Architecture, rows: int, length: int, checkpointing: bool) -> float:
+    """Bytes of activations kept for the backward pass."""
+    layer = rows * length * (26 * a.hidden_size + 8 * a.intermediate_size)
+    if not checkpointing:
+        return a.num_hidden_layers * layer
+    return a.num_hidden_layers * 2 * rows * length * a.hidden_size + layer
+
+
+def logits_bytes(a: Architecture, rows: int, positions: int) -> float:
+    """Bytes of logits, their copies and gradients."""
+    return 16.0 * rows * positions * a.vocab_size
+
+
+def cache_bytes(a: Architecture, rows: int, length: int) -> float:
+    """Bytes of the key-value cache in bf16."""
+    head = a.hidden_size // a.num_attention_heads
+    return 4.0 * a.num_hidden_layers * a.num_key_value_heads * head * rows * length
+
+
+def gathered_bytes(model: Sizes) -> float:
+    """Bytes of a sharded model's weights that are whole at one time while it runs."""
+    return 2.0 * (2 * model.layer + model.rest)
+
+
+def training_seconds(plan: PlanSection, operations: float) -> float:
+    """Seconds of that many operations on all GPUs."""
+    return operations / (plan.gpus * plan.tflops * 1e12 * plan.utilisation)
+
+
+def decode_seconds(plan: PlanSection, parameters: int, rows: int, steps: int) -> float:
+    """Seconds of decoding one batch on one GPU; the cache counts at its mean length."""
+    read = 2.0 * parameters + cache_bytes(plan.architecture, rows, plan.data.prompt_tokens + steps // 2)
+    return steps * (plan.step_overhead_ms / 1e3 + read / (plan.bandwidth * 1e9 * plan.decode_utilisation))
+
+
+def state_bytes(model: Sizes, gpus: int) -> dict[str, float]:
+    """Weights, gradients and optimiser state of a trained model."""
+    return {
+        "weights": 4.0 * model.total / gpus,
+        "gradients": 4.0 * model.total / gpus,
+        "optimiser": 8.0 * model.total / gpus,
+    }
+
+
+def estimate_trainer(
+    plan: PlanSection,
+    stage: str,
+    model: Sizes,
+    optim: Any,
+    *,
+    examples: int,
+    rows_of_example: int,
+    max_length: int,
+    logit_positions: int,
+    extra_passes: int = 0,
+) -> Estimate:
+    """A stage of transformers' Trainer: SFT, a reward model, FIGA. ``extra_passes``: forward passes beside training."""
+    rows = optim.batch_size * rows_of_example
+    tokens = examples * optim.epochs * rows_of_example * (plan.data.prompt_tokens + plan.data.response_tokens)
+    passes = (8 if optim.gradient_checkpointing else 6) + 2 * extra_passes
+    return Estimate(
+        stage,
+        state_bytes(model, plan.gpus),
+        {
+            "training": {
+                "gathered": gathered_bytes(model),
+                "activations": activation_bytes(plan.architecture, rows, max_length, optim.gradient_checkpointing),
+                "logits": logits_bytes(plan.architecture, rows, logit_positions),
+            }
+        },
+        4.0 * model.total,
+        4.0 * model.total,
+        training_seconds(plan, passes * model.total * tokens) / 3600,
+        optim.batch_size * optim.accumulation * plan.gpus,
+    )
+
+
+def estimate_ppo(
+    plan: PlanSection, stage: str, policy: Sizes, value: Sizes | None, reward: Sizes, config: Any, args: Any
+) -> Estimate:
+    """A PPO method with rollouts from transformers; ``value`` None is a head on the policy."""
+    a, data, n = plan.architecture, plan.data, plan.gpus
+    trained = Sizes(policy.total + (value.total if value else 0), policy.layer, policy.layers)
+    share = -(-args.rollout_batch_size // n)
+    rows = min(share, args.inference_batch_size or share)
+    microbatch = args.microbatch_size or args.minibatch_size // n
+    update_length = config.max_length
+    checkpointing = args.gradient_checkpointing
+    kept = {**state_bytes(trained, n), "frozen": 4.0 * (policy.total + reward.total) / n}
+    activations = activation_bytes(a, microbatch, update_length, checkpointing) * (2 if value else 1)
+    phases = {
+        "rollout": {"policy": 2.0 * policy.total, "cache": cache_bytes(a, rows, config.max_length)},
+        "scoring": {"gathered": gathered_bytes(policy), "logits": logits_bytes(a, rows, args.response_length + 1)},
+        "update": {
+            "gathered": gathered_bytes(policy) + (gathered_bytes(value) if value else 0.0),
+            "activations": activations,
+            "logits": logits_bytes(a, microbatch, args.response_length + 1),
+        },
+    }
+    sequence = data.prompt_tokens + data.response_tokens
+    forward = 2 * (2 * policy.total + reward.total + (value.total if value else 0))
+    step = (8 if checkpointing else 6) * trained.total * args.epochs
+    one_update = training_seconds(plan, args.rollout_batch_size * sequence * (forward + step))
+
+    def rollout(responses: int) -> float:
+        own = -(-responses // n)
+        batches = -(-own // min(own, rows))
+        return batches * decode_seconds(plan, policy.total, min(own, rows), args.response_length)
+
+    points = args.updates // config.curve.every + 1
+    seconds = args.updates * (one_update + rollout(args.rollout_batch_size))
+    seconds += points * (
+        rollout(config.curve.prompts) + training_seconds(plan, config.curve.prompts * sequence * forward)
+    )
+    if args.reward_scale == "reference_std":
+        seconds += rollout(args.calibration_prompts)
+    host = 4.0 * (2 * policy.total + reward.total + (value.total if value else 0))
+    return Estimate(stage, kept, phases, 0.0, host, seconds / 3600, args.minibatch_size)
+
+
+def check_shapes(a: Architecture) -> Iterator[str]:
+    """Build every kind of model on the meta device, run it, and say where a shape is not what its stage expects."""
+    import torch
+
+    from fgalign.ppo_trainer import PolicyWithValue
+
+    ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
+    mask = torch.ones(2, 8, dtype=torch.long, device="meta")
+    causal = build_on_meta(a, "CausalLM")
+    value = build_on_meta(a, "TokenClassification", num_labels=1)
+    expected = {
+        "causal LM": (causal(input_ids=ids).logits, (2, 8, a.vocab_size)),
+        "sequence reward model": (
+            build_on_meta(a, "SequenceClassification", num_labels=1)(input_ids=ids).logits,
+            (2, 1),
+        ),
+        "token reward model": (
+            build_on_meta(a, "TokenClassification", num_labels=3)(input_ids=ids).logits,
+            (2, 8, 3),
+        ),
+    }
+    for name, model in {"head": None, "separate": value}.items():
+        logits, values = PolicyWithValue(causal, model).to("meta", torch.bfloat16)(ids, mask, 4)
+        expected[f"policy with value ({name}), logits"] = (logits, (2, 4, a.vocab_size))
+        expected[f"policy with value ({name}), values"] = (values, (2, 4))
+    for name, (found, shape) in expected.items():
+        if tuple(found.shape) != shape:
+            yield f"{name}: expected shape {shape}, found {tuple(found.shape)}"
+
+
+def estimates(profile: Profile, plan: PlanSection) -> list[Estimate]:
+    """Every training stage of the profile that has an estimate: SFT, reward models, FIGA, PPO."""
+    from fgalign.losses.token_reward import OUTPUTS
+    from fgalign.ppo_trainer import FineGrainedPPOConfig, check_config
+    from fgalign.rewards import LEVELS
+    from fgalign.rewards.training import TokenRewardSection
+    from fgalign.sft import SFTSection
+    from fgalign.stages.train import method_config, reward_config
+
+    a, data = plan.architecture, plan.data
+    causal = sizes(build_on_meta(a, "CausalLM"))
+    sft = profile.section("sft", SFTSection)
+    found = [
+        estimate_trainer(
+            plan, "sft", causal, sft.optim, examples=data.demonstrations, rows_of_example=1,
+            max_length=sft.max_length, logit_positions=sft.max_length,
+        )
+    ]  # fmt: skip
+    rewards: dict[str, Sizes] = {}
+    for name in (*LEVELS, *(profile.params.get("token_models") or {})):
+        config = reward_config(profile, name)
+        if isinstance(config, TokenRewardSection):
+            model = build_on_meta(a, "TokenClassification", num_labels=OUTPUTS[config.loss])
+        else:
+            model = build_on_meta(a, "SequenceClassification", num_labels=1)
+        rewards[name] = sizes(model)
+        found.append(
+            estimate_trainer(
+                plan, name, rewards[name], config.optim, rows_of_example=2, max_length=config.max_length,
+                examples=data.preferences if name == "rm_preference" else data.edits, logit_positions=0,
+            )
+        )  # fmt: skip
+    for name in profile.params.get("methods", {}):
+        _, config = method_config(profile, name)
+        if config.kind == "figa":
+            counts = config.optim.accumulation > 1 or plan.gpus > 1
+            found.append(
+                estimate_trainer(
+                    plan, name, causal, config.optim, examples=data.figa_pairs, rows_of_example=2,
+                    max_length=config.max_length, logit_positions=config.max_length, extra_passes=int(counts),
+                )
+            )  # fmt: skip
+        elif config.kind == "ppo":
+            args = FineGrainedPPOConfig(output_dir="", **config.trainer)
+            check_config(args)
+            value = None
+            if args.value_model == "separate":
+                value = sizes(build_on_meta(a, "TokenClassification", num_labels=1))
+            found.append(estimate_ppo(plan, name, causal, value, rewards[config.needs], config, args))
+    return found
+
+
+def problems(profile: Profile, plan: PlanSection, found: list[Estimate]) -> Iterator[str]:
+    """What would stop the profile on this hardware, a sentence each."""
+    from fgalign.stages.train import method_config
+
+    sections: dict[str, Mapping[str, Any]] = {
+        name: profile.params[name] for name in ("sft", "rm_preference", "rm_edit", "rm_token")
+    }
+    longest = plan.architecture.max_position_embeddings
+    for name in profile.params.get("methods", {}):
+        _, config = method_config(profile, name)
+        sections[name] = config.model_dump()
+        if config.kind != "ppo":
+            continue
+        trainer = {"microbatch_size": None, **config.trainer}
+        if trainer["response_length"] >= config.max_length:
+            yield (
+                f"{name}: max_length {config.max_length} leaves no room for a prompt before response_length "
+                f"{trainer['response_length']}"
+            )
+        for key in ("rollout_batch_size", "minibatch_size"):
+            if trainer[key] % plan.gpus:
+                yield f"{name}: {key}: expected a multiple of {plan.gpus} GPUs, found {trainer[key]}"
+        own = trainer["minibatch_size"] // plan.gpus
+        if trainer["microbatch_size"] and own % trainer["microbatch_size"]:
+            yield (
+                f"{name}: microbatch_size: expected a divisor of the {own} responses that a GPU has of a minibatch, "
+                f"found {trainer['microbatch_size']}"
+            )
+    for name, section in sections.items():
+        length = section.get("max_length")
+        if length is not None and length > longest:
+            yield f"{name}: max_length {length} is more than the model's {longest} positions"
+    by_stage = {estimate.stage: estimate for estimate in found}
+    for name, examples in plan.examples_per_step.items():
+        if name not in by_stage:
+            yield f"plan.examples_per_step: expected stages of the profile, found {name!r}"
+        elif by_stage[name].examples != examples:
+            yield (
+                f"{name}: expected {examples} examples a step, found {by_stage[name].examples} on {plan.gpus} GPUs: "
+                "change batch_size or accumulation"
+            )
+    for estimate in found:
+        if estimate.peak > plan.memory_gib * GIB:
+            yield (
+                f"{estimate.stage}: needs {estimate.peak / GIB:.1f} GiB a GPU, more than {plan.memory_gib:g}: use more "
+                "GPUs or smaller batches"
+            )
+
+
+def report(profile: Profile, gpus: int | None = None) -> tuple[str, list[str]]:
+    """The plan as text, and what does not fit, a sentence each; ``gpus`` takes the place of the profile's.
+
+    Raises:
+        ConfigError: the profile has no section ``plan``, or a section in it is bad.
+    """
+    plan = profile.section("plan", PlanSection)
+    if gpus is not None:
+        plan = plan.model_copy(update={"gpus": gpus})
+    found = estimates(profile, plan)
+    wrong = [*check_shapes(plan.architecture), *problems(profile, plan, found)]
+    model = sizes(build_on_meta(plan.architecture, "CausalLM"))
+    seeds = len(profile.seeds)
+    lines = [
+        f"Profile {profile.name}: {model.total / 1e9:.2f} billion parameters, {plan.gpus} GPUs of "
+        f"{plan.memory_gib:g} GiB and {plan.tflops:g} TFLOPS (bf16); shapes checked on the meta device",
+        "",
+        f"{'stage':<16}{'a step':>7}  {'GiB a GPU':>9}  {'hours a seed':>12}  {f'hours, {seeds} seeds':>14}   GiB of",
+    ]
+    for estimate in found:
+        worst = max(estimate.phases, key=lambda phase: sum(estimate.phases[phase].values()))
+        parts = {**estimate.kept, **{f"{worst}: {key}": value for key, value in estimate.phases[worst].items()}}
+        if estimate.loading > sum(parts.values()):
+            parts = {"loading": estimate.loading}
+        shown = ", ".join(f"{key} {value / GIB:.1f}" for key, value in parts.items() if value)
+        lines.append(
+            f"{estimate.stage:<16}{estimate.examples:>7}  {estimate.peak / GIB:>9.1f}  {estimate.hours:>12.2f}  "
+            f"{seeds * estimate.hours:>14.1f}   {shown}"
+        )
+    total = sum(estimate.hours for estimate in found)
+    lines += [
+        f"{'all':<16}{'':>7}  {'':>9}  {total:>12.2f}  {seeds * total:>14.1f}",
+        "",
+        f"Assumed: {plan.utilisation:.0%} of the peak in training, {plan.decode_utilisation:.0%} of {plan.bandwidth:g} "
+        f"GB/s in decoding and {plan.step_overhead_ms:g} ms a step; prompts of {plan.data.prompt_tokens} and responses "
+        f"of {plan.data.response_tokens} tokens on average; rollouts from transformers; formulas in plan.py.",
+        f"Host memory while loading: {max(estimate.host for estimate in found) / GIB:.0f} GiB a process.",
+        f"Disk: {4 * model.total / GIB:.0f} GiB a saved model, one a stage and seed: "
+        f"{4 * model.total / GIB * (seeds * len(found) + 1):.0f} GiB in all.",
+    ]
+    return "\n".join(lines), wrong

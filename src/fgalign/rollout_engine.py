@@ -1,0 +1,198 @@
+"""What samples PPO's responses: transformers with the policy itself, or vLLM with a copy of it on the same GPU.
+
+An engine has two methods. ``sample`` draws a response to each prompt; ``sync`` is called when the policy has changed,
+before the next ``sample``. The log-probabilities that PPO trains on are always the trainer's own: an engine gives
+tokens, nothing else.
+
+vLLM has not been run here: ``VLLMEngine`` is tested against a stand-in for vLLM's ``LLM`` class.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fgalign.errors import ConfigError, TrainingError
+from fgalign.rollout import Rollout, concatenate, sample_responses
+from fgalign.tensor_ops import pad
+
+ENGINES = ("transformers", "vllm", "auto")
+
+
+class RolloutEngine(Protocol):
+    """Samples responses for the PPO trainer."""
+
+    def sync(self) -> None:
+        """Take over the policy's weights."""
+
+    def sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float) -> Rollout:
+        """One response to each prompt of at most T tokens; ``uniform`` (B, T) in [0, 1) is all its randomness."""
+
+
+def choose_engine(name: str) -> str:
+    """``transformers`` or ``vllm``; ``auto`` is vLLM where it is installed and there is a GPU.
+
+    Raises:
+        ConfigError: vLLM is asked for and is not installed.
+    """
+    if name == "vllm" and find_spec("vllm") is None:
+        raise ConfigError("rollout_engine: 'vllm' asked for, but it is not installed; install vllm, or use 'auto'")
+    if name == "auto":
+        return "vllm" if find_spec("vllm") is not None and torch.cuda.is_available() else "transformers"
+    return name
+
+
+class TransformersEngine:
+    """Samples from the policy itself, at most ``batch_size`` responses at once. ``gathered`` makes a context in which
+    its weights are whole."""
+
+    def __init__(
+        self,
+        policy: Callable[[], Any],
+        gathered: Callable[[], AbstractContextManager[None]],
+        device: torch.device,
+        *,
+        eos_token_id: int,
+        pad_token_id: int,
+        batch_size: int | None = None,
+    ) -> None:
+        self.policy, self.gathered, self.device, self.batch_size = policy, gathered, device, batch_size
+        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+
+    def sync(self) -> None:
+        """Nothing to do: the policy is its own."""
+
+    def sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float) -> Rollout:
+        """One response to each prompt, a row's random numbers being its own (``rollout.sample_responses``)."""
+        size = self.batch_size or len(prompts)
+        parts = []
+        with self.gathered():
+            for start in range(0, len(prompts), size):
+                chosen = prompts[start : start + size]
+                part = sample_responses(
+                    self.policy(),
+                    pad(chosen, self.pad_token_id, side="left").to(self.device),
+                    pad([[1] * len(ids) for ids in chosen], 0, side="left").bool().to(self.device),
+                    uniform[start : start + size],
+                    eos_token_id=self.eos_token_id,
+                    pad_token_id=self.pad_token_id,
+                    temperature=temperature,
+                )
+                parts.append(part)
+        return concatenate(parts, self.pad_token_id)
+
+
+class VLLMEngine:
+    """Samples with a vLLM engine in this process, on this process's GPU.
+
+    Args:
+        llm: vLLM's ``LLM``, see ``start_vllm``.
+        sampling_params: vLLM's ``SamplingParams``.
+        weights: gives name and full value of each of the policy's parameters, in transformers' names.
+        device: where rollouts go.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        sampling_params: Callable[..., Any],
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        device: torch.device,
+        *,
+        eos_token_id: int,
+        pad_token_id: int,
+    ) -> None:
+        self.llm, self.sampling_params, self.weights, self.device = llm, sampling_params, weights, device
+        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+
+    def sync(self) -> None:
+        """Load the policy's weights into vLLM's model, one parameter at a time, and drop what it had cached."""
+        model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        for name, value in self.weights():
+            model.load_weights([(name, value)])
+        self.llm.reset_prefix_cache()
+
+    def sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float) -> Rollout:
+        """One response to each prompt; the first random number of a row is the seed of its request.
+
+        Raises:
+            TrainingError: vLLM gave up a request, or gave more tokens than asked for.
+        """
+        budget = uniform.shape[1]
+        params = [
+            self.sampling_params(
+                n=1,
+                temperature=temperature,
+                top_p=1.0,
+                max_tokens=budget,
+                stop_token_ids=[self.eos_token_id],
+                seed=seed,
+                detokenize=False,
+            )
+            for seed in (uniform[:, 0] * 2**31).long().tolist()
+        ]
+        requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        outputs = [request.outputs[0] for request in self.llm.generate(requests, params, use_tqdm=False)]
+        responses, truncated = [], []
+        for output in outputs:
+            ids = list(output.token_ids)
+            if output.finish_reason not in ("stop", "length"):
+                raise TrainingError(f"vLLM: expected finish_reason stop or length, found {output.finish_reason!r}")
+            # The end of sequence is part of a response, whether or not the engine reports the token that stopped it.
+            if output.finish_reason == "stop" and (not ids or ids[-1] != self.eos_token_id):
+                ids.append(self.eos_token_id)
+            if len(ids) > budget:
+                raise TrainingError(f"vLLM: expected at most {budget} tokens, found {len(ids)}")
+            responses.append(ids)
+            truncated.append(ids[-1] != self.eos_token_id)
+
+        def mask(rows: Sequence[Sequence[int]], side: str) -> Tensor:
+            return pad([[1] * len(row) for row in rows], 0, side=side).bool().to(self.device)
+
+        return Rollout(
+            pad(prompts, self.pad_token_id, side="left").to(self.device),
+            mask(prompts, "left"),
+            pad(responses, self.pad_token_id, side="right").to(self.device),
+            mask(responses, "right"),
+            torch.tensor(truncated, device=self.device),
+        )
+
+
+def start_vllm(
+    model: str,
+    weights: Callable[[], Iterable[tuple[str, Tensor]]],
+    device: torch.device,
+    *,
+    max_length: int | None,
+    memory: float,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> VLLMEngine:
+    """A vLLM engine in this process.
+
+    Args:
+        model: folder or name of the policy's checkpoint, for its architecture; the weights come by ``sync``.
+        max_length: longest prompt and response together, in tokens (None: the model's).
+        memory: share of the GPU's memory that vLLM may take, weights and KV cache together.
+    """
+    # One process for vLLM and the trainer, so that weights can be handed over.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=model,
+        dtype="bfloat16",
+        tensor_parallel_size=1,
+        distributed_executor_backend="external_launcher",
+        gpu_memory_utilization=memory,
+        max_model_len=max_length,
+        generation_config="vllm",
+        skip_tokenizer_init=True,
+    )
+    return VLLMEngine(llm, SamplingParams, weights, device, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
