@@ -58,7 +58,7 @@ def main(given: list[str] | None = None) -> int:
     options = arguments(given)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("FGALIGN_TRACKING", "off")
-    out = options.out or (None if options.quick or options.only else RESULTS)
+    out = options.out.resolve() if options.out else None if options.quick or options.only else RESULTS
     if not options.render:
         measure(options, out)
     if out is not None:
@@ -83,6 +83,8 @@ def measure(options: argparse.Namespace, out: Path | None) -> None:
     chosen = options.only or [*known, "growth"]
     if unknown := [name for name in chosen if name not in (*known, "growth")]:
         raise SystemExit(f"--only: expected some of {', '.join(known)}, growth; found {', '.join(unknown)}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     trl = None if options.no_trl or options.quick else ensure_environment(options.trl_env.absolute())
     started, load, rows = time.time(), os.getloadavg()[0], []
@@ -97,10 +99,12 @@ def measure(options: argparse.Namespace, out: Path | None) -> None:
         if rows:
             print(markdown(rows), end="", flush=True)
         if "growth" in chosen:
-            points = growth.measure(session)
-            if out is not None:
-                growth.write_points(out / "growth.csv", points)
-                write_machine(out, session, started, load)
+            points = []
+            for point in growth.measure(session):
+                points.append(point)
+                if out is not None:
+                    growth.write_points(out / "growth.csv", points)
+                    write_machine(out, session, started, load)
 
 
 def write_machine(out: Path, session: Any, started: float, load: float) -> None:

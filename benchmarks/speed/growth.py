@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def sizes(base: PPOWorkload, quick: bool) -> dict[str, list[tuple[int, PPOWorklo
     models are large."""
     small = replace(base, batch=8, minibatch=4)
     lengths = (2, 4) if quick else (64, 128, 256, 512, 1024)
-    batches = (4, 8) if quick else (16, 32, 64, 128, 256)
+    batches = (4, 8) if quick else (16, 32, 64, 128)
     widths = (16, 32) if quick else (64, 128, 256, 512)
     return {
         "response length": [(length, replace(small, response_length=length)) for length in lengths],
@@ -56,20 +56,19 @@ def sizes(base: PPOWorkload, quick: bool) -> dict[str, list[tuple[int, PPOWorklo
     }
 
 
-def measure(session: Session, rounds: int = 2) -> list[Point]:
-    """All points. A side stays in one process, and the sides take turns at each size."""
+def measure(session: Session, rounds: int = 2) -> Iterator[Point]:
+    """All points, one after the other. A side stays in one process, and the sides take turns at each size."""
     places = [(axis, *place) for axis, every in sizes(session.ppo, session.quick).items() for place in every]
     folders = [session.work(f"{axis}-{value}", workload) for axis, value, workload in places]
-    points = []
     with session.started(folders, {name: PPO_SIDES[name] for name in SIDES}) as runners:
         for number, (axis, value, _) in enumerate(places):
             if number:
                 for runner in runners.values():
                     runner.next()
             for side, answers in session.turns(runners, rounds).items():
-                points.append(point(axis, value, side, answers))
-                print(f"  {axis} {value}, {side}: {points[-1].seconds:.2f} s/update", flush=True)
-    return points
+                found = point(axis, value, side, answers)
+                print(f"  {axis} {value}, {side}: {found.seconds:.2f} s/update", flush=True)
+                yield found
 
 
 def point(axis: str, value: int, side: str, answers: Sequence[Mapping[str, float]]) -> Point:

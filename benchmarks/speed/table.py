@@ -86,7 +86,6 @@ def row(
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write the rows as CSV, numbers with four significant digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
