@@ -114,7 +114,7 @@ def draw(points: Sequence[Point], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     axes = list(dict.fromkeys(found.axis for found in points))
     titles = {"response length": "Response length (tokens)", "batch": "Batch (responses)", "model width": "Model width"}
@@ -133,6 +133,8 @@ def draw(points: Sequence[Point], folder: Path) -> None:
                     panel.set_xticks(x, [str(value) for value in x])
                     panel.minorticks_off()
             panel.set_xlabel(titles[axis])
+            panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         panels[0][0].set_ylabel("Seconds an update")
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, handlelength=3)
