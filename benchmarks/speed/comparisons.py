@@ -1,0 +1,234 @@
+"""The comparisons: what is measured, against what, and with which target. Each gives rows of the table."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speed import kernels
+from speed.gate import Process, Runner, Thread, alternate
+from speed.pairs import PairWorkload
+from speed.table import Row, Target, row
+from speed.workload import PPOWorkload, write_workload
+
+Answers = dict[str, list[dict[str, float]]]
+Sides = Mapping[str, tuple[str, dict[str, Any]]]
+"""Name of a side to its module and its own options."""
+
+TRL_PPO, SFT = "TRL PPOTrainer", "TRL SFTTrainer"
+PPO_SIDES: Sides = {
+    TRL_PPO: ("speed.ppo_trl", {}),
+    "separate": ("speed.ppo_own", {"value_model": "separate", "level": "sequence"}),
+    "head": ("speed.ppo_own", {"value_model": "head", "level": "sequence"}),
+    "token": ("speed.ppo_own", {"value_model": "head", "level": "token"}),
+}
+PARTS = ("rollout", "scoring", "update")
+"""Parts of the time of an update that our side reports."""
+
+# Of the released FIGA code at 8 pairs x 512 x 32,000, measured earlier on a machine of this kind, not in the same run.
+RELEASED_MASKS, RELEASED_LOSS = "51-93 ms", "8.5 s on 2 threads, 13.4 s on 1"
+
+
+@dataclass
+class Session:
+    """How this run measures. ``trl_python`` is the interpreter of TRL's environment (None: leave its rows out);
+    ``quick`` runs every side in this process on ``ppo`` and ``pairs`` as they are given."""
+
+    folder: Path
+    rounds: int = 5
+    warmup: int = 1
+    threads: int = 1
+    device: str = "cpu"
+    trl_python: Path | None = None
+    quick: bool = False
+    ppo: PPOWorkload = field(default_factory=PPOWorkload)
+    pairs: PairWorkload = field(default_factory=PairWorkload)
+    long_pairs: PairWorkload = field(
+        default_factory=lambda: PairWorkload(
+            pairs=100, batch=8, prompt_length=64, shortest=447, longest=447, vocab_size=32_000
+        )
+    )
+    label_pairs: PairWorkload = field(default_factory=lambda: PairWorkload(pairs=200, shortest=512, longest=512))
+    busy: list[float] = field(default_factory=list)
+    """Wall seconds over seconds of the processor, of every unit: above 1 (on one thread) a side had to wait."""
+
+    def work(self, name: str, workload: PPOWorkload) -> Path:
+        """A folder with a workload written into it."""
+        folder = self.folder / name
+        folder.mkdir(parents=True)
+        write_workload(folder, workload)
+        return folder
+
+    @contextmanager
+    def started(self, folders: Sequence[Path], sides: Sides) -> Iterator[dict[str, Runner]]:
+        """The sides, ready to work on the first of some folders; TRL's PPO is left out where it has no environment."""
+        with ExitStack() as stack:
+            runners: dict[str, Runner] = {}
+            for name, (module, own) in sides.items():
+                if name == TRL_PPO and self.trl_python is None:
+                    continue
+                common = {"threads": self.threads, "device": self.device, **own}
+                every = [{"folder": str(folder), **common} for folder in folders]
+                if self.quick:
+                    runner: Any = Thread(importlib.import_module(module).side, every)
+                else:
+                    python = self.trl_python if name == TRL_PPO else sys.executable
+                    runner = Process(python, module, every, folders[0] / f"{len(runners)}.log")
+                stack.callback(runner.close)
+                runners[name] = runner
+            yield runners
+
+    def turns(self, runners: Mapping[str, Runner], rounds: int) -> Answers:
+        """Let the sides take turns. With one thread on the CPU, ``seconds`` and its parts are those of the processor
+        (see ``processor_seconds``)."""
+        answers = alternate(runners, rounds, self.warmup)
+        units = [answer for rows in answers.values() for answer in rows]
+        self.busy += [unit["seconds"] / max(unit["cpu_seconds"], 1e-9) for unit in units]
+        if self.device != "cpu" or self.threads > 1:
+            return answers
+        return {name: [processor_seconds(answer) for answer in rows] for name, rows in answers.items()}
+
+    def run(self, folder: Path, sides: Sides) -> Answers:
+        """Run the sides on what is in ``folder``, in turns.
+
+        Raises:
+            RuntimeError: a side failed.
+        """
+        with self.started([folder], sides) as runners:
+            return self.turns(runners, self.rounds)
+
+
+def processor_seconds(answer: Mapping[str, float]) -> dict[str, float]:
+    """An answer with ``cpu_seconds`` in the place of wall time, the parts scaled alike: on one thread the two agree on
+    an idle machine, and only wall time grows with what else the machine does."""
+    share = answer["cpu_seconds"] / answer["seconds"]
+    parts = {name: answer[name] * share for name in PARTS if name in answer}
+    return {**answer, **parts, "seconds": answer["cpu_seconds"]}
+
+
+def per_second(answers: Sequence[Mapping[str, float]], count: str = "tokens") -> list[float]:
+    """What a side did a second, round by round."""
+    return [answer[count] / answer["seconds"] for answer in answers]
+
+
+def values(answers: Sequence[Mapping[str, float]], name: str, scale: float = 1.0) -> list[float]:
+    """One of the numbers of a side, round by round, times ``scale``."""
+    return [answer[name] * scale for answer in answers]
+
+
+def memory(comparison: str, other_side: str, ours: Sequence, other: Sequence) -> Row:
+    """Peak memory of two sides, in MiB of the process (or of the GPU)."""
+    both = (values(side, "peak_memory", 2**-20) for side in (ours, other))
+    return row(comparison, other_side, "peak memory", "MiB", *both)
+
+
+def ppo(session: Session) -> list[Row]:
+    """One PPO update, against TRL where its environment is there; and what token-level rewards cost."""
+    answers = session.run(session.work("ppo", session.ppo), PPO_SIDES)
+    rows = against_trl(answers, "PPO", Target(">=", 3.0))
+    token, sequence = answers["token"], answers["head"]
+    name = "PPO, token-level rewards"
+    other = "sequence-level"
+    rows.append(
+        row(name, other, "time", "s/update", values(token, "seconds"), values(sequence, "seconds"), Target("<=", 1.05))
+    )
+    rows.append(memory(name, other, token, sequence))
+    return rows
+
+
+def against_trl(answers: Answers, title: str, target: Target) -> list[Row]:
+    """Rows of both learners against TRL's PPO; none where that did not run."""
+    if TRL_PPO not in answers:
+        return []
+    rows = []
+    for side, learner in (("separate", "separate value model"), ("head", "shared trunk")):
+        name, both = f"{title}, {learner}", (answers[side], answers[TRL_PPO])
+        rows.append(row(name, TRL_PPO, "response tokens", "1/s", *map(per_second, both), target))
+        rows.append(memory(name, TRL_PPO, *both))
+    return rows
+
+
+def ppo_ending(session: Session) -> list[Row]:
+    """The same where responses end by themselves. Lengths are drawn on each side, so time an update is compared."""
+    if session.trl_python is None:
+        return []
+    workload = PPOWorkload(**{**asdict(session.ppo), "end_probability": 1 / 24})
+    sides = {name: PPO_SIDES[name] for name in (TRL_PPO, "separate", "head")}
+    answers = session.run(session.work("ppo_ending", workload), sides)
+    return [
+        row(
+            f"PPO, responses that end, {learner}",
+            TRL_PPO,
+            "time",
+            "s/update",
+            values(answers[side], "seconds"),
+            values(answers[TRL_PPO], "seconds"),
+        )
+        for side, learner in (("separate", "separate value model"), ("head", "shared trunk"))
+    ]
+
+
+def figa(session: Session) -> list[Row]:
+    """FIGA's training against supervised fine-tuning on the same tokens.
+
+    Raises:
+        RuntimeError: the two did not see the same number of tokens.
+    """
+    options = {"pairs": asdict(session.pairs), "bf16": session.ppo.bf16}
+    sides = {
+        "figa": ("speed.training", {**options, "trainer": "figa"}),
+        SFT: ("speed.training", {**options, "trainer": "sft"}),
+    }
+    answers = session.run(session.work("figa", session.ppo), sides)
+    ours, other = answers["figa"], answers[SFT]
+    if values(ours, "tokens") != values(other, "tokens"):
+        raise RuntimeError(
+            f"FIGA and SFT: expected the same tokens, found {values(ours, 'tokens')} and {values(other, 'tokens')}"
+        )
+    return [
+        row("FIGA training", SFT, "tokens", "1/s", per_second(ours), per_second(other), Target(">=", 0.95)),
+        memory("FIGA training", SFT, ours, other),
+    ]
+
+
+def figa_kernels(session: Session) -> list[Row]:
+    """FIGA's masks and loss on one batch of long sequences, in milliseconds."""
+    workload = session.long_pairs
+    size = f"{workload.batch} pairs × {workload.prompt_length + workload.longest + 1}"
+    rows = []
+    for title, measure, other, name, note in (
+        (f"FIGA masks, {size}", kernels.collation, "pad", "padding alone", f"released code: {RELEASED_MASKS}"),
+        (
+            f"FIGA loss, {size} × {workload.vocab_size:,}",
+            kernels.loss,
+            "cross_entropy",
+            "plain cross-entropy",
+            f"released code: {RELEASED_LOSS}",
+        ),
+    ):
+        found = measure(workload, session.rounds)
+        both = ([value * 1000 for value in found[side]] for side in ("figa", other))
+        rows.append(row(title, name, "time", "ms", *both, note=note))
+    return rows
+
+
+def labelling(session: Session) -> list[Row]:
+    """Labelled pairs a second on one core, beside the Levenshtein call that it makes."""
+    workload = session.label_pairs
+    found = kernels.labelling(workload, session.rounds)
+    both = ([workload.pairs / value for value in found[side]] for side in ("labels", "editops"))
+    return [row(f"Labelling, {workload.longest} tokens", "Levenshtein.editops", "pairs", "1/s", *both)]
+
+
+COMPARISONS: dict[str, Callable[[Session], list[Row]]] = {
+    "ppo": ppo,
+    "ppo_ending": ppo_ending,
+    "figa": figa,
+    "figa_kernels": figa_kernels,
+    "labelling": labelling,
+}

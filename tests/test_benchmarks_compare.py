@@ -1,0 +1,244 @@
+"""``benchmarks/compare.py``: medians and ratios by hand, both sides really get the same work, a quick run of it all.
+
+No timing is asserted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def compare():
+    """The script, which also puts the folder of ``speed`` on the path."""
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "benchmarks" / "compare.py")
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = path
+
+
+@pytest.fixture(scope="module")
+def table(compare):
+    from speed import table
+
+    return table
+
+
+def test_a_row_has_medians_and_ratios_of_the_same_round(table):
+    found = table.row("a", "b", "time", "s", [2.0, 4.0, 9.0], [1.0, 4.0, 3.0], table.Target(">=", 2.0), "n")
+    # Ratios 2, 1, 3. The ratio of the medians, 4 / 3, is another number.
+    assert (found.ours, found.other, found.ratio, found.ratio_low, found.ratio_high) == (4.0, 3.0, 2.0, 1.0, 3.0)
+    assert (found.rounds, found.target, found.met, found.note) == (3, ">= 2", "yes", "n")
+    even = table.row("a", "b", "time", "s", [1.0, 2.0], [4.0, 2.0], table.Target("<=", 0.5))
+    assert (even.ours, even.other, even.ratio, even.met) == (1.5, 3.0, 0.625, "no")
+    assert table.row("a", "b", "time", "s", [1.0], [4.0]).met == ""
+    for ours, other in (([], []), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="a: expected as many rounds of both sides"):
+            table.row("a", "b", "time", "s", ours, other)
+
+
+@pytest.mark.parametrize(
+    ("sign", "ratio", "met"), [(">=", 3.0, True), (">=", 2.999, False), ("<=", 3.0, True), ("<=", 3.001, False)]
+)
+def test_a_target_is_met_at_its_value(table, sign, ratio, met):
+    assert table.Target(sign, 3.0).met(ratio) is met
+
+
+def test_rows_survive_the_file_and_make_a_table(table, tmp_path):
+    rows = [
+        table.row("PPO", "TRL", "tokens", "1/s", [1234.0], [617.0], table.Target(">=", 3.0)),
+        table.row("loss", "plain", "time", "ms", [0.05], [0.1]),
+    ]
+    table.write_rows(tmp_path / "table.csv", rows)
+    assert table.read_rows(tmp_path / "table.csv") == rows
+    assert table.markdown(rows).splitlines()[2:] == [
+        "| PPO | tokens, 1/s | 1,234 | 617 (TRL) | 2.00 (2.00–2.00) | ≥ 3 | no |",
+        "| loss | time, ms | 0.05 | 0.1 (plain) | 0.50 (0.50–0.50) | — | — |",
+    ]
+
+
+def test_sides_take_turns_and_the_warm_up_does_not_count(compare):
+    from speed.gate import alternate
+
+    calls = []
+
+    class Side:
+        def __init__(self, name):
+            self.name, self.units = name, 0
+
+        def unit(self):
+            self.units += 1
+            calls.append(self.name)
+            return {"unit": self.units}
+
+    answers = alternate({"a": Side("a"), "b": Side("b")}, rounds=3, warmup=1)
+    assert "".join(calls) == "ba" + "ab" + "ba" + "ab"
+    assert answers == {name: [{"unit": 2}, {"unit": 3}, {"unit": 4}] for name in "ab"}
+
+
+SIDE = """
+from speed.gate import serve
+
+def side(options, gate):
+    print("not an answer")
+    gate.ready()
+    for number in range(options["units"]):
+        gate.done(tokens=options["first"] + number)
+    raise ValueError("no more")
+
+if __name__ == "__main__":
+    serve(side)
+"""
+
+
+def test_a_side_in_a_process_of_its_own(compare, tmp_path, monkeypatch):
+    from speed.gate import Process
+
+    (tmp_path / "counting_side.py").write_text(SIDE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = [{"threads": 1, "device": "cpu", "first": first, "units": 2} for first in (0, 10)]
+    side = Process(sys.executable, "counting_side", options, tmp_path / "log")
+    assert side.start["peak_memory"] > 2**20
+    first = side.unit()
+    assert first["tokens"] == 0 and {"seconds", "cpu_seconds", "peak_memory"} < set(first)
+    assert side.unit()["tokens"] == 1
+    with pytest.raises(RuntimeError, match=r"ended with code 1:\n(.*\n)*ValueError: no more"):
+        side.unit()
+    assert "not an answer" in (tmp_path / "log").read_text()
+    side = Process(sys.executable, "counting_side", options, tmp_path / "log")
+    side.unit()
+    assert side.next()["peak_memory"] > 2**20
+    assert side.unit()["tokens"] == 10
+    side.close()
+
+
+def test_processor_seconds_replace_wall_time(compare):
+    from speed.comparisons import per_second, processor_seconds
+
+    found = processor_seconds({"seconds": 4.0, "cpu_seconds": 2.0, "rollout": 1.0, "tokens": 10})
+    assert found == {"seconds": 2.0, "cpu_seconds": 2.0, "rollout": 0.5, "tokens": 10}
+    assert per_second([found]) == [5.0]
+
+
+def test_sft_sees_the_sequences_of_figa_in_the_same_batches(compare):
+    from speed.pairs import PairWorkload, labelled_pairs, supervised_rows
+
+    from fgalign.methods.figa import FIGACollator
+    from fgalign.tensor_ops import pad
+
+    workload = PairWorkload(pairs=5, batch=2, prompt_length=3, shortest=4, longest=9, edited=0.5, vocab_size=20)
+    pairs = labelled_pairs(workload, 1)
+    rows = supervised_rows(pairs, workload.batch)
+    collator = FIGACollator(0, 1, max_length=99, alpha=1.0, beta=0.5, gamma=0.0)
+    for start in range(0, 5, 2):
+        batch = collator(pairs[start : start + 2])
+        same = rows[2 * start : 2 * start + 4]
+        assert torch.equal(batch["input_ids"], pad([row["input_ids"] for row in same], 0, side="right"))
+        assert all(row["completion_mask"][:4] == [0, 0, 0, 1] for row in same)
+    assert len(rows) == 10 and any(1 in pair["revised_labels"][:-1] for pair in pairs)
+
+
+def test_edits_are_at_the_given_share(compare):
+    from speed.pairs import edit
+
+    response = list(range(2, 1002))
+    assert edit(response, 0.0, 2000, random.Random(0)) == response
+    kept = set(edit(response, 0.3, 10**9, random.Random(0))) & set(response)
+    assert 0.75 < len(kept) / 1000 < 0.85  # a third of the edits keep the token and put another before it
+
+
+def test_the_random_policy_ends_as_told_and_never_pads(compare):
+    from dataclasses import replace
+
+    from speed.workload import EOS, PAD, PPOWorkload, random_policy
+
+    workload = PPOWorkload(vocab_size=50, hidden_size=32, layers=2, heads=2, intermediate_size=64, end_probability=0.1)
+    torch.manual_seed(0)
+    ids = torch.randint(2, 50, (64, 10))
+    with torch.no_grad():
+        odds = random_policy(workload)(ids).logits.softmax(-1)
+        none = random_policy(replace(workload, end_probability=0.0))(ids).logits.softmax(-1)
+    assert 0.07 < float(odds[..., EOS].mean()) < 0.13
+    assert float(odds[..., PAD].max()) < 1e-12 and float(none[..., EOS].max()) < 1e-12
+
+
+def test_trl_environment_has_the_locked_packages_but_trl(compare):
+    from speed.environment import constraints
+
+    assert constraints("# head\nabsl-py==2\ntrl==1.16.0\ntorch==2.13.0\n") == "absl-py==2\ntorch==2.13.0\n"
+
+
+def test_bounds_of_a_gpu_by_hand(compare, make_model):
+    from speed.gpu import decode_bound, multiplying_weights, peaks, training_flops, utilisation
+    from speed.workload import PPOWorkload
+
+    assert training_flops(parameters=10, tokens=5) == 300
+    assert decode_bound(weight_bytes=100, cache_bytes=10, rows=5, bandwidth=300) == 10
+    assert peaks("NVIDIA H100 80GB HBM3") == (989e12, 3.35e12) and peaks("a toaster") is None
+    model = make_model()
+    names = ("proj.weight", "lm_head.weight")
+    assert multiplying_weights(model.config) == sum(p.numel() for n, p in model.named_parameters() if n.endswith(names))
+    config = SimpleNamespace(
+        num_key_value_heads=1,
+        num_attention_heads=2,
+        hidden_size=4,
+        num_hidden_layers=1,
+        intermediate_size=2,
+        vocab_size=3,
+    )
+    # Weights: 2 * 16 + 2 * 4 * 2 + 3 * 8 + 12 = 84. Operations: 6 * 84 * (2 * (1 + 2) tokens) * 3 epochs = 9,072.
+    # Cache a row at 2 tokens: 2 (keys, values) * 2 bytes * 1 head * 2 * 2 tokens = 16. Bound: 2 * 368 / (336 + 32) = 2.
+    workload = PPOWorkload(batch=2, epochs=3, prompt_length=1, response_length=2)
+    update, decoding = utilisation([{"update": 1e-12, "tokens": 4, "rollout": 8.0}], workload, config, 18144e12, 368.0)
+    assert (update.ours, update.other, update.ratio) == (9072.0, 18144.0, 0.5)
+    assert (decoding.ours, decoding.other, decoding.ratio) == (0.5, 2.0, 0.25)
+
+
+def test_a_quick_run_writes_table_figure_and_machine(compare, table, tmp_path, capsys):
+    from fgalign.io import read_json
+
+    assert compare.main(["--quick", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    rows = table.read_rows(tmp_path / "table.csv")
+    assert [(row.comparison, row.quantity) for row in rows] == [
+        ("PPO, token-level rewards", "time"),
+        ("PPO, token-level rewards", "peak memory"),
+        ("FIGA training", "tokens"),
+        ("FIGA training", "peak memory"),
+        ("FIGA masks, 2 pairs × 12", "time"),
+        ("FIGA loss, 2 pairs × 12 × 40", "time"),
+        ("Labelling, 8 tokens", "pairs"),
+    ]
+    for row in rows:
+        assert row.rounds == 2 and 0 < row.ratio_low <= row.ratio <= row.ratio_high
+        assert row.met == ("" if not row.target else "yes" if eval(f"{row.ratio} {row.target}") else "no")
+    assert capsys.readouterr().out.startswith(table.markdown(rows).split("\n")[0])
+    points = (tmp_path / "growth.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[:3] for line in points[:2]] == [["response length", "2", s] for s in ("separate", "head")]
+    assert len(points) == 12 and all((tmp_path / f"growth.{kind}").stat().st_size > 5000 for kind in ("png", "pdf"))
+    machine = read_json(tmp_path / "hardware.json")
+    assert machine["threads"] == 1 and machine["versions"]["fgalign"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("given", [["--rounds", "0"], ["--threads", "0"], ["--quick", "--only", "speed"]])
+def test_what_cannot_be_measured_is_refused(compare, given):
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(given)
+    assert stopped.value.code != 0
+
+
+def test_the_page_shows_the_committed_table(compare, table):
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    shown = text.split(compare.BEGIN)[1].split(compare.END)[0].strip("\n")
+    rows = table.read_rows(ROOT / "results" / "benchmarks" / "table.csv")
+    assert shown == table.markdown(rows).strip("\n"), "draw it again: python benchmarks/compare.py --render"
