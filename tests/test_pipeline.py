@@ -17,6 +17,7 @@ from fgalign.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+SECOND = yaml.safe_load((ROOT / "reproduce" / "sweeps" / "dvc.yaml").read_text(encoding="utf-8"))
 # What a stage's numbers cannot depend on: messages, tracking, the command line, how files are written, processes.
 # Nor on the table of methods: a new line in it must not train the others again.
 MINOR = ("errors", "tracking", "cli", "io", "config", "parallel", "methods")
@@ -46,7 +47,13 @@ STAGE_FUNCTIONS = {
     "benchmark_items": ("benchmarks", "run_benchmark_items"),
     "benchmark": ("benchmarks", "run_benchmark"),
     "samples": ("evaluate", "run_samples"),
+    "search": ("studies", "run_search"),
+    "choose_search": ("compare", "run_choose_search"),
+    "study_edits": ("data", "run_study_edits"),
+    "overoptimisation": ("compare", "run_overoptimisation"),
 }
+# Methods that the studies vary.
+STUDIED = ("fgalign.methods.figa", "fgalign.methods.ppo")
 TRAINING = ("base", "sft", "rm_preference", "rm_edit", "rm_token", "token_model", "align", "study")
 
 
@@ -95,22 +102,30 @@ def code_of(module: str, function: str) -> set[str]:
 
 
 def body(stage: str) -> dict:
-    entry = PIPELINE["stages"][stage]
+    entry = PIPELINE["stages"].get(stage) or SECOND["stages"][stage]
     return entry.get("do", entry)
+
+
+def undeclared(stage: str, entry: dict, module: str, function: str) -> list[str]:
+    """Files that a stage's function can import and its deps do not name; of methods those that the stage can run."""
+    needed = code_of(f"fgalign.stages.{module}", function)
+    for method in {"align": METHODS.values(), "search": METHODS.values(), "study": STUDIED}.get(stage, ()):
+        needed |= {str(module_file(item).relative_to(ROOT)) for item in closure({method})}
+    if stage == "align":
+        needed = {path for path in needed if not re.fullmatch(r"src/fgalign/methods/\w+\.py", path)}
+        needed.add("src/fgalign/methods/${item.kind}.py")
+    declared = entry.get("do", entry)["deps"]
+    return sorted(path for path in needed if not any(path == dep or path.startswith(f"{dep}/") for dep in declared))
 
 
 @pytest.mark.parametrize("stage", STAGE_FUNCTIONS)
 def test_a_stage_depends_on_the_code_it_runs(stage: str) -> None:
     module, function = STAGE_FUNCTIONS[stage]
-    needed = code_of(f"fgalign.stages.{module}", function)
-    if stage == "align":
-        for method in METHODS.values():
-            needed |= {str(module_file(item).relative_to(ROOT)) for item in closure({method})}
-        needed = {path for path in needed if not re.fullmatch(r"src/fgalign/methods/\w+\.py", path)}
-        needed.add("src/fgalign/methods/${item.kind}.py")
-    declared = body(stage)["deps"]
-    missing = sorted(path for path in needed if not any(path == dep or path.startswith(f"{dep}/") for dep in declared))
-    assert not missing, f"dvc.yaml: stage {stage}: add to deps: {missing}"
+    pipelines = [pipeline["stages"][stage] for pipeline in (PIPELINE, SECOND) if stage in pipeline["stages"]]
+    assert pipelines
+    for entry in pipelines:
+        missing = undeclared(stage, entry, module, function)
+        assert not missing, f"dvc.yaml: stage {stage}: add to deps: {missing}"
 
 
 @pytest.mark.parametrize("stage", TRAINING)

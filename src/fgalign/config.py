@@ -62,13 +62,14 @@ class Profile:
         """Records and models of this profile (held by DVC, not by git)."""
         return self.root / "data" / self.name
 
-    def model_folder(self, name: str, seed: int = 0) -> Path:
-        """Folder of a trained model; the base model has no seeds.
-
-        A token model that no method needs belongs to the second pipeline, whose models are apart.
-        """
+    def models(self, name: str) -> Path:
+        """Folder of a model's seeds; a token model that no method needs belongs to the second pipeline."""
         later = set(self.params.get("token_models") or {}) - set(self.params.get("needed_token_models") or [])
-        folder = (self.data / "sweeps" if name in later else self.data) / "models" / name
+        return (self.data / "sweeps" if name in later else self.data) / "models" / name
+
+    def model_folder(self, name: str, seed: int = 0) -> Path:
+        """Folder of a trained model; the base model has no seeds."""
+        folder = self.models(name)
         return folder if name == "base" else folder / f"seed-{seed}"
 
     @property

@@ -26,7 +26,7 @@ def train_seeds(profile: Profile, stage: str, config: Section, train: Callable[[
     seed together, one after the other."""
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
-    with output_dir(profile.data / "models" / stage) as folder:
+    with output_dir(profile.models(stage)) as folder:
 
         def one(seed: int) -> None:
             seed_everything(seed)
