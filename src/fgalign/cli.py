@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from fgalign import tracking
 from fgalign.config import Profile, load_profile
 from fgalign.errors import ConfigError, FgalignError
 from fgalign.parallel import is_main_process, process_count
@@ -31,8 +32,9 @@ Names = Annotated[list[str], typer.Argument()]
 
 
 @contextmanager
-def stage(profile_name: str | None, title: str, launched: bool = False) -> Iterator[Profile]:
-    """A profile for a stage; says what runs, and keeps how long it took in an untracked file.
+def stage(profile_name: str | None, title: str, launched: bool = False, tracked: bool = True) -> Iterator[Profile]:
+    """A profile for a stage; says what runs, and keeps how long it took in an untracked file. Before the imports of a
+    stage with runs (``tracked``) those of tracking begin beside them.
 
     Raises:
         ConfigError: `accelerate launch` started several processes of a stage that is not meant for it (``launched``).
@@ -52,7 +54,12 @@ def stage(profile_name: str | None, title: str, launched: bool = False) -> Itera
         yield profile
         return
     print(f"[{profile.name}] {title}", flush=True)
-    yield profile
+    if tracked:
+        tracking.start()
+    try:
+        yield profile
+    finally:
+        tracking.stop()
     seconds = {"stage": title, "seconds": round(time.time() - started, 2)}
     log = profile.root / "timings" / f"{profile.name}.jsonl"
     log.parent.mkdir(exist_ok=True)
@@ -80,7 +87,7 @@ def plan(
 @app.command()
 def raw(profile: ProfileOption = None) -> None:
     """Raw preference data from the profile's source."""
-    with stage(profile, "raw") as current:
+    with stage(profile, "raw", tracked=False) as current:
         from fgalign.stages.data import run_raw
 
         run_raw(current)
@@ -89,7 +96,7 @@ def raw(profile: ProfileOption = None) -> None:
 @app.command()
 def edits(profile: ProfileOption = None) -> None:
     """Minimal edits by the profile's annotator."""
-    with stage(profile, "edits") as current:
+    with stage(profile, "edits", tracked=False) as current:
         from fgalign.stages.data import run_edits
 
         run_edits(current)
@@ -197,7 +204,7 @@ def token_models(profile: ProfileOption = None) -> None:
 @app.command()
 def study_edits(name: Name, profile: ProfileOption = None) -> None:
     """Training edits of a study whose variants have annotators of their own."""
-    with stage(profile, f"study_edits@{name}") as current:
+    with stage(profile, f"study_edits@{name}", tracked=False) as current:
         from fgalign.stages.data import run_study_edits
 
         run_study_edits(current, name)
@@ -260,7 +267,7 @@ def credit(names: Names, profile: ProfileOption = None) -> None:
 @app.command()
 def samples(names: Names, profile: ProfileOption = None) -> None:
     """A few test prompts with every method's answer."""
-    with stage(profile, "samples") as current:
+    with stage(profile, "samples", tracked=False) as current:
         from fgalign.stages.evaluate import run_samples
 
         run_samples(current, names)
@@ -269,7 +276,7 @@ def samples(names: Names, profile: ProfileOption = None) -> None:
 @app.command()
 def benchmark_items(profile: ProfileOption = None) -> None:
     """The items of the benchmark tasks that are ours."""
-    with stage(profile, "benchmark_items") as current:
+    with stage(profile, "benchmark_items", tracked=False) as current:
         from fgalign.stages.benchmarks import run_benchmark_items
 
         run_benchmark_items(current)
@@ -286,17 +293,17 @@ def benchmark(profile: ProfileOption = None) -> None:
 
 @app.command()
 def settings(profile: ProfileOption = None) -> None:
-    """The settings that tables and figures show: data/<profile>/settings.json."""
-    with stage(profile, "settings") as current:
+    """The profile's settings by use: data/<profile>/settings.json, recipe.json and search.json."""
+    with stage(profile, "settings", tracked=False) as current:
         from fgalign.report.settings import write_settings
 
-        _say(current, [write_settings(current)])
+        _say(current, write_settings(current))
 
 
 @app.command()
 def table(name: Name, profile: ProfileOption = None) -> None:
     """A table, as CSV and LaTeX."""
-    with stage(profile, f"table {name}") as current:
+    with stage(profile, f"table {name}", tracked=False) as current:
         from fgalign.report.tables import build_table
 
         _say(current, build_table(current, name))
@@ -305,7 +312,7 @@ def table(name: Name, profile: ProfileOption = None) -> None:
 @app.command()
 def figure(name: Name, profile: ProfileOption = None) -> None:
     """A figure, as PDF and PNG."""
-    with stage(profile, f"figure {name}") as current:
+    with stage(profile, f"figure {name}", tracked=False) as current:
         from fgalign.report.figures import build_figure
 
         _say(current, build_figure(current, name))
@@ -314,7 +321,7 @@ def figure(name: Name, profile: ProfileOption = None) -> None:
 @app.command()
 def claims(profile: ProfileOption = None) -> None:
     """The papers' claims with our estimates and verdicts: results/<profile>/claims.csv."""
-    with stage(profile, "claims") as current:
+    with stage(profile, "claims", tracked=False) as current:
         from fgalign.report.claims import build_claims
 
         _say(current, [build_claims(current)])
@@ -323,7 +330,7 @@ def claims(profile: ProfileOption = None) -> None:
 @app.command()
 def paper(profile: ProfileOption = None) -> None:
     """The paper: paper/main.pdf and the tables, figures and numbers it shows."""
-    with stage(profile, "paper") as current:
+    with stage(profile, "paper", tracked=False) as current:
         from fgalign.report.paper import build_paper
 
         _say(current, build_paper(current.root))
@@ -332,7 +339,7 @@ def paper(profile: ProfileOption = None) -> None:
 @app.command()
 def index(profile: ProfileOption = None) -> None:
     """results/INDEX.md: where every number comes from."""
-    with stage(profile, "index") as current:
+    with stage(profile, "index", tracked=False) as current:
         from fgalign.report.index import write_index
 
         _say(current, [write_index(current.root)])

@@ -122,6 +122,6 @@ def train_rows(
         processing_class=tokenizer,
         peft_config=peft_config(optim, "CAUSAL_LM"),
     )
-    spent = train(trainer, run, title, optim.max_tokens)
+    spent = train(trainer, run, title, optim)
     save_trained(trainer, tokenizer, out)
     return spent

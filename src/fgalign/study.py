@@ -93,6 +93,11 @@ def search_section(profile: Profile) -> SearchSection:
     return config
 
 
+def searched_keys(entry: dict[str, Any]) -> Any:
+    """The grid of a method's entry: lists of values by dotted key; empty where it has none."""
+    return entry.get("search", {})
+
+
 def candidates(profile: Profile) -> list[Candidate]:
     """Every point of the grid of every method that has one, in the order of the profile.
 
@@ -101,7 +106,7 @@ def candidates(profile: Profile) -> list[Candidate]:
     """
     found = []
     for method, entry in profile.params.get("methods", {}).items():
-        grid = entry.get("search", {})
+        grid = searched_keys(entry)
         if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
             raise ConfigError(
                 f"{profile.file}: methods.{method}.search: expected lists of values by key, found {grid!r}"

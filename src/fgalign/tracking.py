@@ -3,17 +3,28 @@
 Runs go to ``MLFLOW_TRACKING_URI``, or to a SQLite store ``mlflow/mlflow.db`` at the repository's root. A run is named
 ``<profile>/<stage>/seed-<s>`` in the experiment ``fgalign-<profile>``; a name comes again when a stage runs again, and
 the newest run of a name belongs to the results on disk. ``FGALIGN_TRACKING=off`` turns tracking off.
+
+The store is written by a second process, ``python -m fgalign.tracking``, that takes one JSON object a line on its
+standard input: importing MLflow takes seconds, which pass there while a stage imports torch, and a store that hangs
+holds up nothing. Processes forked for the seeds share it.
 """
 
 from __future__ import annotations
 
+import atexit
+import itertools
+import json
+import multiprocessing
 import os
 import platform
+import select
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +32,8 @@ from fgalign.config import Profile
 from fgalign.parallel import is_main_process
 
 _BATCH = 500
+_PATIENCE = 60.0
+"""Seconds to wait for the writing process before the work goes on without it."""
 
 
 def tracking_uri(root: Path) -> str:
@@ -31,9 +44,8 @@ def tracking_uri(root: Path) -> str:
 class Run:
     """One tracked run. Every method is safe to call whatever becomes of the store."""
 
-    def __init__(self, client: Any = None, run_id: str | None = None) -> None:
-        self._client = client
-        self._run_id = run_id
+    def __init__(self, send: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self._send = send or (lambda message: None)
         self._pending: list[tuple[str, float, int]] = []
         self.started = time.monotonic()
 
@@ -47,23 +59,12 @@ class Run:
         """Send what is pending and close the run with ``FINISHED`` or ``FAILED``."""
         self.log({"seconds": time.monotonic() - self.started})
         self._flush()
-        if self._client is not None:
-            _safely(lambda: self._client.set_terminated(self._run_id, status))
+        self._send({"do": "end", "status": status})
 
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
-        if self._client is None or not pending:
-            return
-
-        def send() -> None:
-            from mlflow.entities import Metric
-
-            now = int(time.time() * 1000)
-            batch = [Metric(name, value, now, step) for name, value, step in pending]
-            for start in range(0, len(batch), _BATCH):
-                self._client.log_batch(self._run_id, metrics=batch[start : start + _BATCH])
-
-        _safely(send)
+        for start in range(0, len(pending), _BATCH):
+            self._send({"do": "log", "time": _now(), "metrics": pending[start : start + _BATCH]})
 
 
 @contextmanager
@@ -98,47 +99,167 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _open(profile: Profile, stage: str, seed: int | None, params: Mapping[str, Any]) -> Run:
-    if os.environ.get("FGALIGN_TRACKING") == "off" or not is_main_process():
-        return Run()
-    # MLflow tries a server that does not answer for minutes, and each stage would wait for it.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    import logging
+def start() -> None:
+    """Start the writing process, if tracking is on and none runs: the earlier, the more of its imports are done when a
+    run opens, which starts it otherwise."""
+    global _writer
+    if _writer is None and os.environ.get("FGALIGN_TRACKING") != "off" and is_main_process():
+        _writer = _safely(_Writer)
 
-    from filelock import FileLock
+
+def stop() -> None:
+    """Wait until all that was sent is in the store, and end the writing process."""
+    global _writer
+    writer, _writer = _writer, None
+    if writer is not None:
+        _safely(writer.close)
+
+
+class _Writer:
+    """The writing process, from the side of those that send to it."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.lock = multiprocessing.get_context("fork" if sys.platform != "win32" else None).Lock()
+        self.process = subprocess.Popen([sys.executable, "-m", "fgalign.tracking"], stdin=subprocess.PIPE)
+        self.pipe = self.process.stdin.fileno()
+        os.set_blocking(self.pipe, False)
+        self.broken = False
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Write one line; TimeoutError if the process takes none for a minute, BrokenPipeError if it is gone. After an
+        error it sends nothing."""
+        if self.broken:
+            return
+        data = memoryview(json.dumps(message).encode() + b"\n")
+        self.broken = True
+        if not self.lock.acquire(timeout=_PATIENCE):
+            raise TimeoutError("another process did not let go of the tracking process")
+        try:
+            while data:
+                if not select.select([], [self.pipe], [], _PATIENCE)[1]:
+                    raise TimeoutError(f"the store took nothing for {_PATIENCE:.0f} seconds")
+                data = data[os.write(self.pipe, data[: select.PIPE_BUF]) :]
+            self.broken = False
+        finally:
+            self.lock.release()
+
+    def close(self) -> None:
+        """End it; only the process that started it can, a forked one leaves it alone."""
+        if os.getpid() != self.owner:
+            return
+        self.process.stdin.close()
+        self.process.wait(_PATIENCE)
+
+
+_writer: _Writer | None = None
+_numbers = itertools.count()
+atexit.register(stop)
+
+
+def _open(profile: Profile, stage: str, seed: int | None, params: Mapping[str, Any]) -> Run:
+    start()
+    writer = _writer
+    if writer is None or not is_main_process():
+        return Run()
+    name = f"{os.getpid()}-{next(_numbers)}"
+
+    def send(message: dict[str, Any]) -> None:
+        if _writer is writer:
+            _safely(lambda: writer.send({"run": name, **message}))
+
+    send(
+        {
+            "do": "open",
+            "time": _now(),
+            "profile": profile.name,
+            "root": str(profile.root.resolve()),
+            "file": str(profile.file.resolve()),
+            "stage": stage,
+            "seed": seed,
+            "params": {key: str(value)[:500] for key, value in flatten(params).items()},
+            "gpu": _gpu(),
+        }
+    )
+    return Run(send)
+
+
+# --- the writing process ----------------------------------------------------------------------------------------------
+
+
+def write(lines: Iterable[str]) -> None:
+    """Write what the lines say to the store; a run that none of them ends is ended as killed. The first error is
+    printed and ends the writing, not the reading: the sender must never wait."""
+    runs: dict[str, tuple[Any, str]] = {}
+
+    def carry_out(message: dict[str, Any]) -> None:
+        if message["do"] == "open":
+            runs[message["run"]] = _create(message)
+        elif message["do"] == "log":
+            from mlflow.entities import Metric
+
+            client, run_id = runs[message["run"]]
+            metrics = [Metric(name, value, message["time"], step) for name, value, step in message["metrics"]]
+            client.log_batch(run_id, metrics=metrics)
+        else:
+            client, run_id = runs.pop(message["run"])
+            client.set_terminated(run_id, message["status"])
+
+    for line in lines:
+        if not _warned:
+            _safely(lambda line=line: carry_out(json.loads(line)))
+    for name in list(runs):
+        if not _warned:
+            _safely(lambda name=name: carry_out({"do": "end", "run": name, "status": "KILLED"}))
+
+
+def _create(message: dict[str, Any]) -> tuple[Any, str]:
+    """A client and the id of a new run."""
     from mlflow.entities import Param, RunTag
+
+    root, lock = Path(message["root"]), Path(message["file"]).with_name("dvc.lock")
+    client, experiment_id = _store(message["profile"], root)
+    name = run_name(message["profile"], message["stage"], message["seed"])
+    run = client.create_run(experiment_id, start_time=message["time"], run_name=name)
+    tags = {
+        "profile": message["profile"],
+        "dvc_stage": os.environ.get("DVC_STAGE", message["stage"]),
+        "seed": message["seed"],
+        "gpu": message["gpu"],
+        **_surroundings(root, lock),
+    }
+    client.log_batch(
+        run.info.run_id,
+        params=[Param(key, value) for key, value in message["params"].items()],
+        tags=[RunTag(key, str(value)[:4000]) for key, value in tags.items()],
+    )
+    return client, run.info.run_id
+
+
+@cache
+def _store(profile: str, root: Path) -> tuple[Any, str]:
+    """A client and the id of the profile's experiment, made if need be."""
+    from filelock import FileLock
     from mlflow.tracking import MlflowClient
 
-    # After the import, which sets MLflow's own level.
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    uri = tracking_uri(profile.root)
+    uri = tracking_uri(root)
     with ExitStack() as stack:
         if uri.startswith("sqlite:///"):
             path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Seeds run side by side, and the first of them makes the store and the experiment.
+            # Of stages that run side by side the first makes the store and the experiment.
             stack.enter_context(FileLock(f"{path}.lock", timeout=60))
             _check_sqlite(path)
         client = MlflowClient(tracking_uri=uri)
-        experiment_id = _experiment(client, profile, uri)
-    run = client.create_run(experiment_id, run_name=run_name(profile.name, stage, seed))
-    tags = _tags(profile, stage, seed)
-    client.log_batch(
-        run.info.run_id,
-        params=[Param(key, str(value)[:500]) for key, value in flatten(params).items()],
-        tags=[RunTag(key, str(value)[:4000]) for key, value in tags.items()],
-    )
-    return Run(client, run.info.run_id)
+        return client, _experiment(client, profile, root, uri)
 
 
-def _experiment(client: Any, profile: Profile, uri: str) -> str:
-    name = f"fgalign-{profile.name}"
+def _experiment(client: Any, profile: str, root: Path, uri: str) -> str:
+    name = f"fgalign-{profile}"
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         return experiment.experiment_id
-    where = profile.root / "mlflow" / "artifacts" if uri.startswith("sqlite:") else None
+    where = root / "mlflow" / "artifacts" if uri.startswith("sqlite:") else None
     return client.create_experiment(name, artifact_location=where and where.as_uri())
 
 
@@ -152,28 +273,25 @@ def _check_sqlite(path: Path) -> None:
         connection.execute("ROLLBACK")
 
 
-def _tags(profile: Profile, stage: str, seed: int | None) -> dict[str, Any]:
+@cache
+def _surroundings(root: Path, lock: Path) -> dict[str, Any]:
+    """Tags that all runs of a stage share: commit, hashes of its inputs, machine, versions."""
     return {
-        "profile": profile.name,
-        "dvc_stage": os.environ.get("DVC_STAGE", stage),
-        "seed": seed,
-        "git_commit": _git(profile.root, "rev-parse", "HEAD"),
-        "git_dirty": bool(_git(profile.root, "status", "--porcelain", "--untracked-files=no")),
-        "dvc_lock": lock_hashes(profile),
+        "git_commit": _git(root, "rev-parse", "HEAD"),
+        "git_dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "dvc_lock": lock_hashes(lock),
         "machine": f"{platform.machine()} {platform.system()} {platform.release()}, {os.cpu_count()} cores",
         "python": sys.version.split()[0],
         "torch": _version("torch"),
         "transformers": _version("transformers"),
-        "gpu": _gpu(),
     }
 
 
-def lock_hashes(profile: Profile) -> str:
+def lock_hashes(lock: Path) -> str:
     """What ``dvc.lock`` says of the profile's data and models as a stage begins, ``path=md5`` a line: DVC writes a
     stage's hashes there when it ends, so all that the stage reads is in it."""
     import yaml
 
-    lock = profile.file.parent / "dvc.lock"
     if not lock.exists():
         return ""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -219,3 +337,33 @@ def _safely(action: Callable[[], Any]) -> Any:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             print(f"tracking: MLflow failed ({reason}); the work goes on untracked", file=sys.stderr)
         return None
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _main() -> None:
+    # Of an interrupted stage the end of its input is the sign to end; what it sent is written first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # MLflow tries a server that does not answer for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    _safely(_import)
+    write(sys.stdin)
+
+
+def _import() -> None:
+    """Import what writing needs, that of the default store among it."""
+    import logging
+
+    import mlflow.store.tracking.sqlalchemy_store
+    import mlflow.tracking  # noqa: F401
+
+    # After the import, which sets MLflow's own level.
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    _main()

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fgalign.config import Section
@@ -37,7 +37,7 @@ class OptimConfig(Section):
     one device and one forward pass; ``accumulation`` passes make a step.
 
     With ``max_tokens`` training ends at the first optimiser step at or after so many tokens without padding have gone
-    forward and backward; ``epochs`` is then only an upper bound.
+    forward and backward; ``epochs`` is then only an upper bound, and ``schedule`` is laid out over these tokens.
     """
 
     learning_rate: float
@@ -55,15 +55,6 @@ class OptimConfig(Section):
     sampling: Literal["random", "group_by_length"] = "random"
     lora: LoraSection | None = None
 
-    @model_validator(mode="after")
-    def _schedule_of_a_budget(self) -> OptimConfig:
-        if self.max_tokens is not None and not self.schedule.startswith("constant"):
-            raise ValueError(
-                f"max_tokens cuts the schedule {self.schedule!r} short, which is laid out over the epochs: use "
-                "`schedule: constant` or `constant_with_warmup`"
-            )
-        return self
-
 
 def trainer_arguments(optim: OptimConfig, *, output_dir: Path, seed: int, device: str, bf16: bool) -> dict[str, Any]:
     """Keyword arguments of ``transformers.TrainingArguments`` and TRL's configs for one training."""
@@ -77,7 +68,8 @@ def trainer_arguments(optim: OptimConfig, *, output_dir: Path, seed: int, device
         "per_device_train_batch_size": optim.batch_size,
         "gradient_accumulation_steps": optim.accumulation,
         "warmup_steps": optim.warmup_steps,
-        "lr_scheduler_type": optim.schedule,
+        # Over a budget of tokens ``train`` lays the schedule out, over its factors for the warm-up.
+        "lr_scheduler_type": optim.schedule if optim.max_tokens is None else "constant_with_warmup",
         "weight_decay": optim.weight_decay,
         "adam_beta2": optim.adam_beta2,
         "max_grad_norm": optim.max_grad_norm,
@@ -122,14 +114,26 @@ def add_lora(model: Any, config: Any) -> Any:
     return get_peft_model(model, config)
 
 
-def train(trainer: Trainer, run: Run, title: str, max_tokens: int | None = None) -> dict[str, int]:
-    """Train with a bar and a tracked run instead of the trainer's own printing; ``max_tokens`` as in ``OptimConfig``.
+def decay(schedule: str, fraction: float) -> float:
+    """Factor of the learning rate when this fraction of the token budget is spent, 0 to 1: ``linear`` and ``cosine``
+    fall from 1 to 0, others stay at 1."""
+    left = max(0.0, 1.0 - fraction)
+    if schedule == "linear":
+        return left
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * (1.0 - left)))
+    return 1.0
+
+
+def train(trainer: Trainer, run: Run, title: str, optim: OptimConfig) -> dict[str, int]:
+    """Train with a bar and a tracked run instead of the trainer's own printing, to the end of the token budget if
+    ``optim`` has one. The trainer's arguments are those that ``trainer_arguments`` made of ``optim``.
 
     Returns:
         ``training_tokens`` and ``gradient_updates``, as ``Context.spend`` takes them.
     """
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressCallback(run, title, max_tokens))
+    trainer.add_callback(ProgressCallback(run, title, optim.max_tokens, optim.schedule))
     trainer.train()
     return {"training_tokens": trainer.state.num_input_tokens_seen, "gradient_updates": trainer.state.global_step}
 
@@ -145,15 +149,23 @@ def save_trained(trainer: Trainer, tokenizer: Any, folder: Path) -> None:
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows a bar, sends what a trainer logs to the tracked run, stops at a token budget (the bar then counts tokens)
-    and at a loss that is not finite."""
+    """Shows a bar, sends what a trainer logs to the tracked run, lays the schedule out over a token budget and stops
+    at its end (the bar then counts tokens), and stops at a loss that is not finite."""
 
-    def __init__(self, run: Run, title: str, max_tokens: int | None = None) -> None:
-        self.run, self.title, self.max_tokens, self.bar = run, title, max_tokens, None
+    def __init__(self, run: Run, title: str, max_tokens: int | None = None, schedule: str = "constant") -> None:
+        self.run, self.title, self.max_tokens, self.schedule, self.bar = run, title, max_tokens, schedule, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
+        """Open the bar; let the learning rate follow the tokens."""
         self.bar = progress(self.max_tokens or state.max_steps, self.title, "token" if self.max_tokens else "step")
+        if self.max_tokens is not None:
+            scheduler = kwargs["lr_scheduler"]
+            scheduler.lr_lambdas = [
+                lambda step, warmup=warmup: (
+                    warmup(step) * decay(self.schedule, state.num_input_tokens_seen / self.max_tokens)
+                )
+                for warmup in scheduler.lr_lambdas
+            ]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar, end training when the budget is spent."""

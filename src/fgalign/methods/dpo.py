@@ -78,5 +78,5 @@ def run(context: Context, config: Config) -> None:
         processing_class=context.tokenizer,
         peft_config=peft_config(optim, "CAUSAL_LM"),
     )
-    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", optim.max_tokens))
+    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", optim))
     save_trained(trainer, context.tokenizer, context.out)

@@ -452,5 +452,5 @@ def run(context: Context, config: Config) -> None:
         processing_class=context.tokenizer,
         peft_config=peft_config(config.optim, "CAUSAL_LM"),
     )
-    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", config.optim.max_tokens))
+    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", config.optim))
     save_trained(trainer, context.tokenizer, context.out)

@@ -148,5 +148,5 @@ def run(context: Context, config: Config) -> None:
         train_dataset=Dataset.from_list(candidate_rows(context, config)),
         processing_class=context.tokenizer,
     )
-    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", optim.max_tokens))
+    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", optim))
     save_trained(trainer, context.tokenizer, context.out)

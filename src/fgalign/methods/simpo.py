@@ -61,5 +61,5 @@ def run(context: Context, config: Config) -> None:
     model = load_causal_lm(context.model("sft"), device)
     trainer = SimPOTrainer(model, TrainingArguments(**arguments), collate, rows)
     trainer.model_accepts_loss_kwargs = False  # each micro-batch gives a mean, so the parent divides by their number
-    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", optim.max_tokens))
+    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", optim))
     save_trained(trainer, tokenizer, context.out)

@@ -1,18 +1,44 @@
-"""The settings that tables and figures show, as one file that their stages depend on."""
+"""The profile's settings by use, as files that stages depend on instead of the whole profile."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from fgalign.config import Profile
 from fgalign.io import write_json
+from fgalign.study import searched_keys
 
 SHOWN = ("seeds", "report", "methods", "token_models", "studies", "sweeps", "search")
-"""Sections of a profile that the report reads: seeds, titles, which rows there are."""
+"""Sections of a profile that tables and figures read: seeds, titles, which rows there are."""
+SEARCHED = ("seeds", "runtime", "methods", "search")
+"""Sections that the hyperparameter search reads."""
 
 
-def write_settings(profile: Profile) -> Path:
-    """Write ``data/<profile>/settings.json``; returns its path."""
-    path = profile.data / "settings.json"
-    write_json(path, {key: profile.params[key] for key in SHOWN if key in profile.params})
-    return path
+def write_settings(profile: Profile) -> list[Path]:
+    """Write into ``data/<profile>``: ``settings.json``, what tables and figures show; ``recipe.json``, everything, for
+    the paper and the index; ``search.json``, what the hyperparameter search starts from, without the values that it is
+    to choose: entering its choice does not make it run again. Returns their paths."""
+    params = profile.params
+    contents = {
+        "settings": {key: params[key] for key in SHOWN if key in params},
+        "recipe": params,
+        "search": without_choices({key: params[key] for key in SEARCHED if key in params}),
+    }
+    for name, content in contents.items():
+        write_json(profile.data / f"{name}.json", content)
+    return [profile.data / f"{name}.json" for name in contents]
+
+
+def without_choices(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters without those values that a method's ``search`` grid replaces."""
+    params = deepcopy(params)
+    for entry in params.get("methods", {}).values():
+        for dotted in searched_keys(entry):
+            *path, last = dotted.split(".")
+            section = entry
+            for key in path:
+                section = section.get(key, {})
+            section.pop(last, None)
+    return params

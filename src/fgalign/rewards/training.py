@@ -66,7 +66,7 @@ def train_sequence_model(context: Context, config: RewardSection, rows: list[dic
         processing_class=context.tokenizer,
         peft_config=peft_config(config.optim, "SEQ_CLS"),
     )
-    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", config.optim.max_tokens))
+    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", config.optim))
     save_trained(trainer, context.tokenizer, context.out)
 
 
@@ -148,7 +148,7 @@ def train_token_model(context: Context, config: TokenRewardSection, pairs: list[
         train_dataset=Dataset.from_list([pair.model_dump() for pair in pairs]),
         processing_class=context.tokenizer,
     )
-    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", config.optim.max_tokens))
+    context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", config.optim))
     save_trained(trainer, context.tokenizer, context.out)
 
 
