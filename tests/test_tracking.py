@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import multiprocessing
 import socket
+import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +25,19 @@ def profile(tmp_path, monkeypatch):
     monkeypatch.delenv("FGALIGN_TRACKING", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(tracking, "_warned", False)
-    return Profile("mini", tmp_path, {}, tmp_path / "params.yaml")
+    monkeypatch.setattr(tracking, "_writer", None)
+    yield Profile("mini", tmp_path, {}, tmp_path / "params.yaml")
+    tracking.stop()
+
+
+def stored(root):
+    """The runs in the default store, by name."""
+    from mlflow.tracking import MlflowClient
+
+    tracking.stop()
+    client = MlflowClient(tracking_uri=tracking_uri(root))
+    experiment = client.get_experiment_by_name("fgalign-mini")
+    return client, {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
 
 def test_names(profile, monkeypatch, tmp_path):
@@ -34,29 +50,25 @@ def test_names(profile, monkeypatch, tmp_path):
 
 
 def test_lock_hashes(profile, tmp_path):
-    assert lock_hashes(profile) == ""
-    (tmp_path / "dvc.lock").write_text(
+    lock = tmp_path / "dvc.lock"
+    assert lock_hashes(lock) == ""
+    lock.write_text(
         "schema: '2.0'\nstages:\n  raw:\n    cmd: x\n    outs:\n    - {path: data/t/raw, md5: 22.dir}\n"
         "  judge:\n    cmd: y\n    deps:\n    - {path: a.py, md5: '11'}\n    outs:\n"
         "    - {path: results/t/a.csv, md5: '33'}\n    - {path: data/t/b.jsonl, md5: '44'}\n"
     )
-    assert lock_hashes(profile) == "data/t/raw=22.dir\ndata/t/b.jsonl=44"
+    assert lock_hashes(lock) == "data/t/raw=22.dir\ndata/t/b.jsonl=44"
 
 
 def test_runs_in_a_real_store(profile, tmp_path, capfd):
-    from mlflow.tracking import MlflowClient
-
     with track(profile, "sft", 2, PARAMS) as run:
         for step in range(3):
             run.log({"loss": 3.0 - step, "text": "not a number", "nan": math.nan}, step)
     with pytest.raises(KeyError), track(profile, "sft", 3, {}) as run:
         run.log({"loss": 9.0}, 1)
         raise KeyError("the stage broke")
+    client, runs = stored(tmp_path)
     assert capfd.readouterr().err == ""
-
-    client = MlflowClient(tracking_uri=tracking_uri(tmp_path))
-    experiment = client.get_experiment_by_name("fgalign-mini")
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {"mini/sft/seed-2", "mini/sft/seed-3"}
     good, failed = runs["mini/sft/seed-2"], runs["mini/sft/seed-3"]
     assert (good.info.status, failed.info.status) == ("FINISHED", "FAILED")
@@ -99,61 +111,122 @@ def closed_port():
     ],
 )
 def test_a_broken_store_stops_nothing(profile, tmp_path, monkeypatch, capfd, store):
-    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
     (tmp_path / "file").write_text("no database")
     (tmp_path / "folder").mkdir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.format(root=tmp_path, port=closed_port()))
-    started = time.monotonic()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # as the writing process sets them: MLflow by itself
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # tries again for minutes
+    sent = []
+    monkeypatch.setattr(tracking, "_writer", SimpleNamespace(send=sent.append, close=lambda: None))
     for seed in (1, 2):
         with track(profile, "sft", seed, PARAMS) as run:
             run.log({"loss": 1.0}, 1)
-    assert time.monotonic() - started < 20  # MLflow by itself tries again for minutes
-    error = capfd.readouterr().err
+    started = time.monotonic()
+    tracking.write(map(json.dumps, sent))
+    assert time.monotonic() - started < 20
+    one_line(capfd.readouterr().err)
+
+
+def one_line(error):
     assert error.startswith("tracking: MLflow failed (")
     assert error.endswith("; the work goes on untracked\n")
     assert error.count("\n") == 1
     assert len(error) < 450
 
 
-class Client:
-    """A client that works until it does not."""
-
-    def __init__(self, broken=False):
-        self.broken, self.batches, self.ended = broken, [], []
-
-    def log_batch(self, run_id, metrics):
-        if self.broken:
-            raise ConnectionError("gone")
-        self.batches.append([(metric.key, metric.value, metric.step) for metric in metrics])
-
-    def set_terminated(self, run_id, status):
-        if self.broken:
-            raise ConnectionError("gone")
-        self.ended.append(status)
+def test_a_broken_store_holds_up_nothing(profile, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
+    started = time.monotonic()
+    for seed in (1, 2):
+        with track(profile, "sft", seed, PARAMS) as run:
+            run.log({"loss": 1.0}, 1)
+    assert time.monotonic() - started < 2  # less than the writing process takes to import MLflow
+    tracking.stop()
+    assert time.monotonic() - started < 60
+    one_line(capfd.readouterr().err)
 
 
-def test_a_store_that_breaks_on_the_way_stops_nothing(profile, capfd):
-    client = Client()
-    run = Run(client, "id")
-    client.broken = True
-    run.log({"loss": 1.0}, 1)
-    run.finish()
+def test_a_stage_never_waits_for_a_store_that_is_gone(profile, monkeypatch, capfd):
+    monkeypatch.setattr(tracking, "_PATIENCE", 0.2)
+    tracking.start()
+    tracking._writer.process.kill()
+    tracking._writer.process.wait()
+    with track(profile, "sft", 1, {}) as run:
+        run.log({"loss": 1.0}, 1)
     error = capfd.readouterr().err
-    assert error == "tracking: MLflow failed (ConnectionError: gone); the work goes on untracked\n"
+    assert error == "tracking: MLflow failed (BrokenPipeError: [Errno 32] Broken pipe); the work goes on untracked\n"
 
 
-def test_metrics_go_in_batches(profile):
-    client = Client()
-    run = Run(client, "id")
+def test_a_stage_does_not_wait_long_for_a_store_that_hangs(profile, monkeypatch, capfd):
+    monkeypatch.setattr(tracking, "_PATIENCE", 0.2)
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    popen = subprocess.Popen
+    monkeypatch.setattr(tracking.subprocess, "Popen", lambda command, **options: popen(sleeper, **options))
+    started = time.monotonic()
+    with track(profile, "sft", 1, {}) as run:
+        process = tracking._writer.process
+        for step in range(10_000):  # more than a pipe holds
+            run.log({"loss": 1.0}, step)
+    assert time.monotonic() - started < 10
+    process.kill()
+    assert capfd.readouterr().err == (
+        "tracking: MLflow failed (TimeoutError: the store took nothing for 0 seconds); the work goes on untracked\n"
+    )
+
+
+def test_forked_processes_share_the_writing_one(profile, tmp_path):
+    def work(seed):
+        with track(profile, "sft", seed, {}) as run:
+            for step in range(1000):
+                run.log({"loss": float(seed)}, step)
+
+    tracking.start()
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(seed,)) for seed in (1, 2, 3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    client, runs = stored(tmp_path)
+    assert set(runs) == {"mini/sft/seed-1", "mini/sft/seed-2", "mini/sft/seed-3"}
+    for name, run in runs.items():
+        history = client.get_metric_history(run.info.run_id, "loss")
+        assert [metric.value for metric in history] == [float(name[-1])] * 1000
+
+
+def test_a_run_that_nobody_ends_was_killed(profile, tmp_path):
+    manager = track(profile, "sft", 1, {})
+    manager.__enter__().log({"loss": 1.0})
+    _, runs = stored(tmp_path)
+    assert runs["mini/sft/seed-1"].info.status == "KILLED"
+
+
+def test_messages_go_in_batches():
+    sent = []
+    run = Run(sent.append)
     for step in range(1101):
         run.log({"loss": float(step)}, step)
     run.finish()
-    assert [len(batch) for batch in client.batches] == [500, 500, 102]  # the last with the seconds
-    logged = [entry for batch in client.batches for entry in batch]
+    assert [message["do"] for message in sent] == ["log", "log", "log", "end"]
+    assert [len(message["metrics"]) for message in sent[:3]] == [500, 500, 102]  # the last with the seconds
+    logged = [tuple(entry) for message in sent[:3] for entry in message["metrics"]]
     assert logged[:-1] == [("loss", float(step), step) for step in range(1101)]
     assert logged[-1][0] == "seconds"
-    assert client.ended == ["FINISHED"]
+    assert sent[3]["status"] == "FINISHED"
+
+
+def test_writing_goes_on_reading_after_an_error(monkeypatch, capfd):
+    monkeypatch.setattr(tracking, "_warned", False)
+    read = []
+
+    def lines():
+        for line in ("no JSON", json.dumps({"do": "end", "run": "none", "status": "FINISHED"}), "more"):
+            read.append(line)
+            yield line
+
+    tracking.write(lines())
+    assert len(read) == 3
+    assert capfd.readouterr().err.count("tracking: MLflow failed (JSONDecodeError") == 1
 
 
 def test_a_run_without_store_takes_everything():
