@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import tensor
 
+from fgalign import training
 from fgalign.config import ConfigError, Profile, Section, parse_section
 from fgalign.context import Context
 from fgalign.errors import InputError, TrainingError
@@ -19,7 +20,7 @@ from fgalign.raw_data import RawData, RawSplit, Truth, write_raw
 from fgalign.schema import SPLITS, Demonstration, Edit, Preference, Prompt, write_records
 from fgalign.tokens import encode_prompt, encode_response
 from fgalign.tracking import Run
-from fgalign.training import OptimConfig
+from fgalign.training import OptimConfig, ProgressCallback, decay
 
 TRIPLES = [
     ("where is the cat?", "the cat sat on the mat", "the cat sat on the log"),
@@ -218,7 +219,7 @@ def test_rrhf_collator():
 def trained(monkeypatch):
     """Methods up to where they would train: ``trained(run, context, config)`` gives the trainer."""
 
-    def stop(trainer, run, title, max_tokens=None):
+    def stop(trainer, run, title, optim):
         raise StopIteration(trainer)
 
     def run(method, context, options):
@@ -329,10 +330,40 @@ def test_a_budget_changes_nothing_before_it_ends(context):
     assert states[0] == states[1]
 
 
-def test_a_budget_needs_a_constant_schedule():
-    with pytest.raises(ConfigError, match="max_tokens cuts the schedule 'cosine' short"):
-        parse_section({"learning_rate": 0.1, "max_tokens": 5}, OptimConfig, "here")
-    assert parse_section({**OPTIM, "max_tokens": 5}, OptimConfig, "here").max_tokens == 5
+def test_the_schedule_is_laid_out_over_the_budget(context, tokenizer, monkeypatch):
+    # Examples of 19, 15, 13 and 11 or so tokens, one a step: a step's learning rate is 0.01 times what is left of the
+    # 50 tokens when it begins; with two steps of warm-up the first has 0 and the second half of that.
+    rates, lengths = [], []
+
+    def train(**optim):
+        rates.clear(), lengths.clear()
+        options = {**OPTIM, "batch_size": 1, "epochs": 9, "max_tokens": 50, **optim}
+        supervised.run(context, config("supervised", response="chosen", optim=options))
+
+    class Recorder(ProgressCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+        def on_step_end(self, args, state, control, **kwargs):
+            lengths.append(state.num_input_tokens_seen)
+            super().on_step_end(args, state, control, **kwargs)
+
+    monkeypatch.setattr(training, "ProgressCallback", Recorder)
+    train(schedule="linear")
+    assert len(rates) >= 3 and lengths[-1] >= 50 > lengths[-2]
+    assert rates == pytest.approx([0.01 * (1 - seen / 50) for seen in [0, *lengths[:-1]]])
+    train(schedule="linear", warmup_steps=2)
+    assert rates[:3] == pytest.approx([0, 0.005 * (1 - lengths[0] / 50), 0.01 * (1 - lengths[1] / 50)])
+    train(schedule="cosine")
+    assert rates[1] == pytest.approx(0.005 * (1 + math.cos(math.pi * lengths[0] / 50)))
+    train(schedule="constant")
+    assert rates == [0.01] * len(rates)
+
+
+def test_decay_by_hand():
+    assert [decay("linear", part) for part in (0.0, 0.25, 1.0, 1.5)] == [1.0, 0.75, 0.0, 0.0]
+    assert [decay("cosine", part) for part in (0.0, 0.5, 1.0, 1.5)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    assert decay("constant", 0.7) == decay("constant_with_warmup", 0.7) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["dpo", "rrhf"])

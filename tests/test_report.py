@@ -13,6 +13,7 @@ import pytest
 import synthetic_metrics as made_up
 from scipy.stats import t as student
 
+from fgalign.config import Profile
 from fgalign.errors import ConfigError, InputError
 from fgalign.report.cells import Cell, cells_from_csv, cells_to_csv, display, layout, read_table
 from fgalign.report.claims import CLAIMS, build_claims, read_claims
@@ -821,3 +822,27 @@ def test_every_table_and_figure_has_an_entry_that_works(built, monkeypatch, caps
     out = capsys.readouterr()
     assert "claim,paper,sentence" in out.out and "results/mini/claims.csv" in out.err
     assert out.out.startswith("method,metric,mean") and "results/mini/figures/win_rates.png" in out.err
+
+
+def test_settings_by_use(tmp_path):
+    from fgalign.report.settings import write_settings
+
+    methods = {
+        "a": {"kind": "x", "optim": {"learning_rate": 1, "epochs": 2}, "search": {"optim.learning_rate": [1, 2]}},
+        "b": {"kind": "y", "n": 4},
+    }
+    params = {"seeds": [1], "runtime": {}, "methods": methods, "search": {"seed": 1}, "source": {"seed": 0}}
+    paths = write_settings(Profile("mini", tmp_path, params, tmp_path / "params.yaml"))
+    settings, recipe, search = (json.loads(path.read_text()) for path in paths)
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
+        "data/mini/settings.json", "data/mini/recipe.json", "data/mini/search.json",
+    ]  # fmt: skip
+    assert settings == {"seeds": [1], "methods": methods, "search": {"seed": 1}}
+    assert recipe == params
+    # What the search is to choose is not in what it starts from; its grid is.
+    assert search["methods"]["a"] == {
+        "kind": "x", "optim": {"epochs": 2}, "search": {"optim.learning_rate": [1, 2]},
+    }  # fmt: skip
+    assert search == {"seeds": [1], "runtime": {}, "search": {"seed": 1}, "methods": search["methods"]}
+    assert search["methods"]["b"] == methods["b"]
+    assert params["methods"]["a"]["optim"]["learning_rate"] == 1  # the profile itself keeps it
