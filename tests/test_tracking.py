@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import socket
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -159,9 +158,7 @@ def test_a_stage_never_waits_for_a_store_that_is_gone(profile, monkeypatch, capf
 
 def test_a_stage_does_not_wait_long_for_a_store_that_hangs(profile, monkeypatch, capfd):
     monkeypatch.setattr(tracking, "_PATIENCE", 0.2)
-    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
-    popen = subprocess.Popen
-    monkeypatch.setattr(tracking.subprocess, "Popen", lambda command, **options: popen(sleeper, **options))
+    monkeypatch.setattr(tracking, "COMMAND", [sys.executable, "-c", "import time; time.sleep(600)"])
     started = time.monotonic()
     with track(profile, "sft", 1, {}) as run:
         process = tracking._writer.process

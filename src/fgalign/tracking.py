@@ -31,6 +31,8 @@ from typing import Any
 from fgalign.config import Profile
 from fgalign.parallel import is_main_process
 
+COMMAND = [sys.executable, "-m", "fgalign.tracking"]
+"""Starts the writing process."""
 _BATCH = 500
 _PATIENCE = 60.0
 """Seconds to wait for the writing process before the work goes on without it."""
@@ -121,7 +123,7 @@ class _Writer:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.lock = multiprocessing.get_context("fork" if sys.platform != "win32" else None).Lock()
-        self.process = subprocess.Popen([sys.executable, "-m", "fgalign.tracking"], stdin=subprocess.PIPE)
+        self.process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
         self.pipe = self.process.stdin.fileno()
         os.set_blocking(self.pipe, False)
         self.broken = False
