@@ -843,6 +843,6 @@ def test_settings_by_use(tmp_path):
     assert search["methods"]["a"] == {
         "kind": "x", "optim": {"epochs": 2}, "search": {"optim.learning_rate": [1, 2]},
     }  # fmt: skip
-    assert search == {"seeds": [1], "runtime": {}, "search": {"seed": 1}, "methods": search["methods"]}
+    assert search == {"runtime": {}, "search": {"seed": 1}, "methods": search["methods"]}
     assert search["methods"]["b"] == methods["b"]
     assert params["methods"]["a"]["optim"]["learning_rate"] == 1  # the profile itself keeps it

@@ -12,7 +12,7 @@ from fgalign.study import searched_keys
 
 SHOWN = ("seeds", "report", "methods", "token_models", "studies", "sweeps", "search")
 """Sections of a profile that tables and figures read: seeds, titles, which rows there are."""
-SEARCHED = ("seeds", "runtime", "methods", "search")
+SEARCHED = ("runtime", "methods", "search")
 """Sections that the hyperparameter search reads."""
 
 
