@@ -29,8 +29,10 @@ LIBRARIES = {
     "lm_eval.tasks": ("TaskManager",),
     "matplotlib.pyplot": (),
     "mlflow.entities": ("Metric", "Param", "RunTag"),
+    "mlflow.store.tracking.sqlalchemy_store": (),
     "mlflow.tracking": ("MlflowClient",),
     "pydantic": ("BaseModel",),
+    "rapidfuzz": (),
     "scipy.stats": (),
     "torch": (),
     "transformers": (
@@ -43,6 +45,7 @@ LIBRARIES = {
         "Trainer",
         "TrainingArguments",
     ),
+    "trl": (),
     "typer": (),
     "yaml": (),
 }
