@@ -14,9 +14,12 @@ import gc
 import importlib
 import json
 import os
+import select
+import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +52,8 @@ LIBRARIES = {
     "typer": (),
     "yaml": (),
 }
-PROGRAM = """#!{python} -IS
-import array, json, os, socket, sys
+PROGRAM = """
+import json, os, socket, sys
 
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
@@ -64,23 +67,29 @@ with socket.socket(socket.AF_UNIX) as server:
 
 
 @contextmanager
-def preloaded(folder: Path, environment: dict[str, str]) -> Iterator[Path]:
+def preloaded(environment: dict[str, str]) -> Iterator[Path]:
     """A folder for the PATH with `fgalign` in it, for as long as the block runs; the server is started in
-    ``environment``."""
-    address, programs = folder / "socket", folder / "bin"
-    programs.mkdir()
-    program = programs / "fgalign"
-    program.write_text(PROGRAM.format(python=sys.executable, address=str(address)), encoding="utf-8")
-    program.chmod(0o755)
-    server = subprocess.Popen(
-        [sys.executable, __file__, str(address)], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout is not None and server.stdout.readline() == "ready\n"
-        yield programs
-    finally:
-        server.terminate()
-        server.wait()
+    ``environment``, and ends with this process if not before."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        address, code, program = folder / "socket", folder / "program.py", folder / "bin" / "fgalign"
+        program.parent.mkdir()
+        code.write_text(PROGRAM.format(address=str(address)), encoding="utf-8")
+        program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", str(code)])} "$@"\n', encoding="utf-8")
+        program.chmod(0o755)
+        server = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(address)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert server.stdout is not None and server.stdout.readline() == "ready\n"
+            yield program.parent
+        finally:
+            server.terminate()
+            server.communicate()
 
 
 def serve(address: str) -> None:
@@ -99,7 +108,7 @@ def serve(address: str) -> None:
     listening.bind(address)
     listening.listen()
     print("ready", flush=True)
-    while True:
+    while listening in select.select([listening, sys.stdin], [], [])[0]:
         connection, _ = listening.accept()
         if os.fork() == 0:
             listening.close()
@@ -107,6 +116,7 @@ def serve(address: str) -> None:
         connection.close()
         while waited():
             pass
+    sys.exit()
 
 
 def waited() -> bool:

@@ -17,6 +17,7 @@ from preloaded import preloaded
 
 from fgalign.errors import InputError
 from fgalign.methods import METHODS
+from fgalign.parallel import can_fork
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
@@ -141,20 +142,6 @@ def test_training_depends_neither_on_the_truth_nor_on_the_test_split(stage: str)
 
 
 @pytest.fixture(scope="module")
-def programs(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a `fgalign` in it that does not import the libraries each time."""
-    with preloaded(tmp_path_factory.mktemp("preloaded"), environment(copy)) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def smoke(copy: Path, programs: Path) -> Path:
-    """The copy with the whole pipeline run on the smoke profile, the real way: through DVC."""
-    repro(copy, programs=programs)
-    return copy
-
-
-@pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository, committed."""
     root = tmp_path_factory.mktemp("repository")
@@ -170,6 +157,23 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(root, "git", "add", "-A")
     run(root, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-q", "-m", "copy")
     return root
+
+
+@pytest.fixture(scope="module")
+def programs(copy: Path) -> Iterator[Path]:
+    """A folder for the PATH whose `fgalign` does not import the libraries each time."""
+    if not can_fork():
+        yield Path(sys.executable).parent
+        return
+    with preloaded(environment(copy)) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def smoke(copy: Path, programs: Path) -> Path:
+    """The copy with the whole pipeline run on the smoke profile, the real way: through DVC."""
+    repro(copy, programs=programs)
+    return copy
 
 
 def test_every_table_has_the_stage_that_builds_it(stages_read_once) -> None:
@@ -208,6 +212,20 @@ def run(root: Path, *command: str, programs: Path | None = None) -> str:
 
 def repro(root: Path, *arguments: str, programs: Path | None = None) -> str:
     return run(root, "dvc", "repro", SMOKE, *arguments, programs=programs)
+
+
+def test_a_forked_command_ends_as_any_other(copy: Path, programs: Path) -> None:
+    def fgalign(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+        command, variables = [programs / "fgalign", *arguments], environment(copy) | {"FGALIGN_PROFILE": "nope"}
+        return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+
+    found = fgalign("settings", "--profile", "smoke", folder=copy)
+    assert (found.returncode, found.stderr) == (0, "") and found.stdout.startswith("[smoke] settings\n")
+    found = fgalign("settings", folder=copy)
+    assert (found.returncode, found.stdout) == (1, "") and found.stderr.startswith("error: unknown profile 'nope'")
+    found = fgalign("settings", "--profile", "smoke", folder=copy.parent)
+    assert found.returncode == 1 and "not inside the fgalign repository" in found.stderr
+    assert fgalign("no-such-command", folder=copy).returncode == 2
 
 
 def test_the_whole_graph_runs_and_gives_every_table_and_figure(smoke: Path) -> None:
@@ -253,7 +271,7 @@ def test_a_second_run_changes_nothing(smoke: Path) -> None:
     assert "up to date" in repro(smoke)
 
 
-def test_training_without_truth_and_test_split_gives_the_same_bytes(smoke: Path, programs: Path) -> None:
+def test_training_without_truth_and_test_split_gives_the_same_bytes(smoke: Path) -> None:
     lock = smoke / "reproduce" / "profiles" / "smoke" / "dvc.lock"
     before = lock.read_bytes()
     data = smoke / "data" / "smoke"
@@ -262,12 +280,9 @@ def test_training_without_truth_and_test_split_gives_the_same_bytes(smoke: Path,
     for path, place in hidden.items():
         shutil.move(path, place)
     try:
-        *stages, last = (
-            f"{SMOKE}:{stage}" for stage in ("sft", "rm_edit", "rm_token", "align@figa", "align@ppo_token")
-        )
-        run(smoke, "dvc", "repro", "-f", "-s", *stages, programs=programs)
-        # The last by the `fgalign` that is installed: what libraries are imported beforehand changes nothing either.
-        run(smoke, "dvc", "repro", "-f", "-s", last)
+        # By the `fgalign` that is installed, so importing the libraries beforehand changes no byte either.
+        stages = [f"{SMOKE}:{stage}" for stage in ("sft", "rm_edit", "rm_token", "align@figa", "align@ppo_token")]
+        run(smoke, "dvc", "repro", "-f", "-s", *stages)
     finally:
         for path, place in hidden.items():
             shutil.move(place, path)
