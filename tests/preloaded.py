@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import shlex
 import socket
@@ -52,13 +53,15 @@ LIBRARIES = {
     "typer": (),
     "yaml": (),
 }
+TRACKING = "fgalign-tracking"
+"""The program for `python -m fgalign.tracking`, the process of a command that writes its runs."""
 PROGRAM = """
 import json, os, socket, sys
 
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     socket.send_fds(server, [b"."], [0, 1, 2])
-    request = {{"arguments": sys.argv, "folder": os.getcwd(), "environment": dict(os.environ)}}
+    request = {{"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}}
     server.sendall(json.dumps(request).encode())
     server.shutdown(socket.SHUT_WR)
     code = server.recv(16)
@@ -70,13 +73,15 @@ with socket.socket(socket.AF_UNIX) as server:
 def preloaded(environment: dict[str, str]) -> Iterator[Path]:
     """A folder for the PATH with `fgalign` in it, for as long as the block runs; the server is started in
     ``environment``, and ends with this process if not before."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        address, code, program = folder / "socket", folder / "program.py", folder / "bin" / "fgalign"
-        program.parent.mkdir()
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        address, code, programs = folder / "socket", folder / "program.py", folder / "bin"
+        programs.mkdir()
         code.write_text(PROGRAM.format(address=str(address)), encoding="utf-8")
-        program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", str(code)])} "$@"\n', encoding="utf-8")
-        program.chmod(0o755)
+        for name in ("fgalign", TRACKING):
+            start = shlex.join([sys.executable, "-IS", str(code), str(programs / name)])
+            (programs / name).write_text(f'#!/bin/sh\nexec {start} "$@"\n', encoding="utf-8")
+            (programs / name).chmod(0o755)
         server = subprocess.Popen(
             [sys.executable, "-P", __file__, str(address)],
             env=environment,
@@ -86,7 +91,7 @@ def preloaded(environment: dict[str, str]) -> Iterator[Path]:
         )
         try:
             assert server.stdout is not None and server.stdout.readline() == "ready\n"
-            yield program.parent
+            yield programs
         finally:
             server.terminate()
             server.communicate()
@@ -149,6 +154,11 @@ def answer(connection: socket.socket) -> None:
 
 if __name__ == "__main__":
     serve(sys.argv[1])
-    from fgalign.cli import main
+    program = Path(sys.argv[0])
+    if program.name == TRACKING:
+        runpy.run_module("fgalign.tracking", run_name="__main__", alter_sys=True)
+    else:
+        from fgalign import cli, tracking
 
-    main()
+        tracking.COMMAND = [str(program.with_name(TRACKING))]
+        cli.main()
