@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -59,6 +60,20 @@ def make_gpt2() -> Callable[..., Any]:
 def ids() -> Any:
     """A tokenizer's special ids for models with a vocabulary of 30: what the PPO trainer asks of a tokenizer."""
     return SimpleNamespace(vocab_size=VOCAB, pad_token_id=PAD, eos_token_id=EOS, save_pretrained=lambda folder: None)
+
+
+@pytest.fixture(scope="session")
+def read_once() -> Callable[..., Any]:
+    """``read_stages`` that reads a repository at most once."""
+    from fgalign.report.index import read_stages
+
+    return functools.cache(read_stages)
+
+
+@pytest.fixture
+def stages_read_once(read_once: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``table_stage`` reads the stages, which takes DVC seconds, once for all tables."""
+    monkeypatch.setattr("fgalign.report.index.read_stages", read_once)
 
 
 @pytest.fixture(scope="session")

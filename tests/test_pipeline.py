@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from preloaded import preloaded
 
 from fgalign.errors import InputError
 from fgalign.methods import METHODS
+from fgalign.parallel import can_fork
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 SECOND = yaml.safe_load((ROOT / "reproduce" / "sweeps" / "dvc.yaml").read_text(encoding="utf-8"))
+SMOKE = "reproduce/profiles/smoke/dvc.yaml"
 # What a stage's numbers cannot depend on: messages, tracking, the command line, how files are written, processes.
 # Nor on the table of methods: a new line in it must not train the others again.
 MINOR = ("errors", "tracking", "cli", "io", "config", "parallel", "methods")
@@ -137,8 +142,8 @@ def test_training_depends_neither_on_the_truth_nor_on_the_test_split(stage: str)
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with the whole pipeline run on the smoke profile, the real way: through DVC."""
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, committed."""
     root = tmp_path_factory.mktemp("repository")
     files = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
@@ -151,11 +156,27 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(root, "git", "init", "-q")
     run(root, "git", "add", "-A")
     run(root, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-q", "-m", "copy")
-    repro(root)
     return root
 
 
-def test_every_table_has_the_stage_that_builds_it() -> None:
+@pytest.fixture(scope="module")
+def programs(copy: Path) -> Iterator[Path]:
+    """A folder for the PATH whose `fgalign` does not import the libraries each time."""
+    if not can_fork():
+        yield Path(sys.executable).parent
+        return
+    with preloaded(environment(copy)) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def smoke(copy: Path, programs: Path) -> Path:
+    """The copy with the whole pipeline run on the smoke profile, the real way: through DVC."""
+    repro(copy, programs=programs)
+    return copy
+
+
+def test_every_table_has_the_stage_that_builds_it(stages_read_once) -> None:
     from fgalign.config import load_profile
     from fgalign.report.check import table_stage
     from fgalign.report.tables import TABLES
@@ -171,21 +192,40 @@ def test_every_table_has_the_stage_that_builds_it() -> None:
         table_stage(human, "credit")
 
 
-def run(root: Path, *command: str) -> str:
-    import os
-
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment |= {"PYTHONPATH": str(root / "src")}
+def environment(root: Path, programs: Path | None = None) -> dict[str, str]:
+    """Of a program in the copy: its package, this interpreter's programs, before them those of a folder."""
+    path = [programs, Path(sys.executable).parent, os.environ["PATH"]]
+    found = {**os.environ, "PATH": ":".join(str(part) for part in path if part), "PYTHONPATH": str(root / "src")}
     # Whatever the tests around this one set, the pipeline tracks into the copy's own store.
     for name in ("FGALIGN_TRACKING", "MLFLOW_TRACKING_URI", "FGALIGN_PROFILE"):
-        environment.pop(name, None)
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+        found.pop(name, None)
+    return found
+
+
+def run(root: Path, *command: str, programs: Path | None = None) -> str:
+    result = subprocess.run(
+        command, cwd=root, env=environment(root, programs), capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     return result.stdout
 
 
-def repro(root: Path, *arguments: str) -> str:
-    return run(root, "dvc", "repro", "reproduce/profiles/smoke/dvc.yaml", *arguments)
+def repro(root: Path, *arguments: str, programs: Path | None = None) -> str:
+    return run(root, "dvc", "repro", SMOKE, *arguments, programs=programs)
+
+
+def test_a_forked_command_ends_as_any_other(copy: Path, programs: Path) -> None:
+    def fgalign(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+        command, variables = [programs / "fgalign", *arguments], environment(copy) | {"FGALIGN_PROFILE": "nope"}
+        return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+
+    found = fgalign("settings", "--profile", "smoke", folder=copy)
+    assert (found.returncode, found.stderr) == (0, "") and found.stdout.startswith("[smoke] settings\n")
+    found = fgalign("settings", folder=copy)
+    assert (found.returncode, found.stdout) == (1, "") and found.stderr.startswith("error: unknown profile 'nope'")
+    found = fgalign("settings", "--profile", "smoke", folder=copy.parent)
+    assert found.returncode == 1 and "not inside the fgalign repository" in found.stderr
+    assert fgalign("no-such-command", folder=copy).returncode == 2
 
 
 def test_the_whole_graph_runs_and_gives_every_table_and_figure(smoke: Path) -> None:
@@ -240,8 +280,9 @@ def test_training_without_truth_and_test_split_gives_the_same_bytes(smoke: Path)
     for path, place in hidden.items():
         shutil.move(path, place)
     try:
-        for stage in ("sft", "rm_edit", "rm_token", "align@figa", "align@ppo_token"):
-            run(smoke, "dvc", "repro", "-f", "-s", f"reproduce/profiles/smoke/dvc.yaml:{stage}")
+        # By the `fgalign` that is installed, so importing the libraries beforehand changes no byte either.
+        stages = [f"{SMOKE}:{stage}" for stage in ("sft", "rm_edit", "rm_token", "align@figa", "align@ppo_token")]
+        run(smoke, "dvc", "repro", "-f", "-s", *stages)
     finally:
         for path, place in hidden.items():
             shutil.move(place, path)

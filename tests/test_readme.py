@@ -56,11 +56,9 @@ def clone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stages():
+def stages(read_once):
     """Addresses of all stages as DVC resolves them."""
-    from fgalign.report.index import read_stages
-
-    return {stage.address for stage in read_stages(ROOT)}
+    return {stage.address for stage in read_once(ROOT)}
 
 
 def run(command: str, folder: Path) -> str:
@@ -89,7 +87,7 @@ def dvc_targets(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_every_command_of_the_readme_works_or_resolves(command, clone, stages):
+def test_every_command_of_the_readme_works_or_resolves(command, clone, stages, stages_read_once):
     program, *words = command.split()
     resolved = [command] if program == "dvc" else []
     if program == "make":  # expensive: what it would run must exist
