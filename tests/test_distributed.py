@@ -326,7 +326,7 @@ def test_rows_in_batches() -> None:
 
 
 def rollout(prompts: list[list[int]], responses: list[list[int]]) -> Rollout:
-    from fgalign.rewards.scoring import as_rollout
+    from fgalign.rollout import as_rollout
 
     return as_rollout(prompts, responses, 0, "cpu")
 

@@ -144,9 +144,20 @@ def test_loss_is_the_formula(make_trainer, pairs, tokenizer, options):
     assert 0 < dropped < sum(label == -1 for pair in pairs for label in pair["initial_labels"])
 
 
-def test_only_weighted_columns_equal_all_columns(make_trainer, pairs):
+@pytest.mark.parametrize("named", [True, False])
+def test_only_weighted_positions_equal_all_positions(make_trainer, pairs, named, monkeypatch):
     trainer = make_trainer()
     batch = trainer.data_collator(pairs)
+    positions = int((batch["weights"] != 0).sum())
+    columns = int((batch["weights"] != 0).any(0).sum())
+    seen = []
+    trainer.model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape[:-1])))
+    if not named:
+        monkeypatch.setattr(trainer.model, "get_output_embeddings", lambda: None)
+    trainer.loss(trainer.model, batch)
+    trainer.model(input_ids=batch["input_ids"])
+    # Afterwards the model is as it was.
+    assert seen == [(positions,) if named else (len(batch["weights"]), columns), tuple(batch["input_ids"].shape)]
     some = trainer.loss(trainer.model, batch)
     logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     logps = token_logps(logits[:, :-1], batch["input_ids"][:, 1:])

@@ -17,8 +17,9 @@ from fgalign.losses.token_reward import (
     three_class_rewards,
 )
 from fgalign.rewards import response_scores, reward_function
-from fgalign.rewards.scoring import as_rollout, raw_rewards, score_responses
+from fgalign.rewards.scoring import raw_rewards, score_responses
 from fgalign.rewards.training import TokenRewardCollator, TokenRewardTrainer, class_counts
+from fgalign.rollout import as_rollout
 from fgalign.schema import LabelledPair
 
 LN2 = math.log(2)

@@ -116,7 +116,7 @@ class FineGrainedPPOConfig:
     minibatch_size: int = 16
     """Responses of one optimiser step."""
     microbatch_size: int | None = None
-    """Responses of one forward and backward pass of a process (None: its minibatch); gradients of a minibatch's passes
+    """Responses of one forward and backward pass of a process (None: its minibatch), by length; gradients of its passes
     add up."""
     inference_batch_size: int | None = None
     """Responses that a process samples or scores at once (None: its share of the round); vLLM decides by itself."""
@@ -495,6 +495,10 @@ class FineGrainedPPOTrainer:
             ("policy/loss", "policy/clip_fraction", "policy/approximate_kl", "value/loss", "value/clip_fraction"), 0.0
         )
         own = chunk[self.accelerator.process_index :: processes]
+        if (
+            args.microbatch_size is not None
+        ):  # responses of one length together: a micro-batch is as wide as its longest
+            own = own[mask.sum(1).cpu()[self.accelerator.process_index :: processes].argsort(stable=True)]
         pieces = own.split(args.microbatch_size or len(own))
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1

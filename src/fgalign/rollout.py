@@ -56,6 +56,23 @@ class Rollout(NamedTuple):
         return [ids[mask].tolist() for ids, mask in zip(self.response_ids, self.response_mask, strict=True)]
 
 
+def as_rollout(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str
+) -> Rollout:
+    """Given prompts and responses as a ``Rollout`` (not truncated)."""
+
+    def mask(rows: Sequence[Sequence[int]], side: str) -> Tensor:
+        return pad([[1] * len(row) for row in rows], 0, side=side).bool().to(device)
+
+    return Rollout(
+        pad(prompts, pad_token_id, side="left").to(device),
+        mask(prompts, "left"),
+        pad(responses, pad_token_id, side="right").to(device),
+        mask(responses, "right"),
+        torch.zeros(len(prompts), dtype=torch.bool, device=device),
+    )
+
+
 def concatenate(parts: Sequence[Rollout], pad_token_id: int) -> Rollout:
     """Rollouts one below the other, padded to the widest prompt and the longest response of all."""
     if len(parts) == 1:

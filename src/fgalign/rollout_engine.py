@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fgalign.errors import ConfigError, TrainingError
-from fgalign.rollout import Rollout, concatenate, sample_responses
+from fgalign.rollout import Rollout, as_rollout, concatenate, sample_responses
 from fgalign.tensor_ops import pad
 
 ENGINES = ("transformers", "vllm", "auto")
@@ -152,16 +152,8 @@ class VLLMEngine:
             responses.append(ids)
             truncated.append(ids[-1] != self.eos_token_id)
 
-        def mask(rows: Sequence[Sequence[int]], side: str) -> Tensor:
-            return pad([[1] * len(row) for row in rows], 0, side=side).bool().to(self.device)
-
-        return Rollout(
-            pad(prompts, self.pad_token_id, side="left").to(self.device),
-            mask(prompts, "left"),
-            pad(responses, self.pad_token_id, side="right").to(self.device),
-            mask(responses, "right"),
-            torch.tensor(truncated, device=self.device),
-        )
+        rollout = as_rollout(prompts, responses, self.pad_token_id, self.device)
+        return rollout._replace(truncated=torch.tensor(truncated, device=self.device))
 
 
 def start_vllm(

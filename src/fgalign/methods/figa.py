@@ -12,6 +12,8 @@ so far in which no token had a weight).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -154,21 +156,26 @@ class FIGATrainer(Trainer):
         self._counts = dict.fromkeys(("figa/weighted_tokens", "figa/dropped_tokens", "figa/empty_batches"), 0.0)
 
     def loss(self, model: Any, inputs: dict[str, Tensor], normalizer: Tensor | float | None = None) -> FigaLoss:
-        """The FIGA loss of one collated batch. Only columns in which some row has a weight reach the output layer."""
+        """The FIGA loss of one collated batch. Only positions that have a weight reach the output layer, if the model
+        names it; else the columns in which some row has one."""
         weights = inputs["weights"]
-        columns = torch.nonzero((weights != 0).any(0)).squeeze(-1)
-        if len(columns) == 0:
-            columns = torch.zeros(1, dtype=torch.long, device=weights.device)
-        logits = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
-            logits_to_keep=columns,
-        ).logits
-        logps = token_logps(logits, inputs["input_ids"][:, columns + 1])
+        rows, columns = torch.nonzero(weights, as_tuple=True)
+        if len(rows) == 0:
+            rows = columns = torch.zeros(1, dtype=torch.long, device=weights.device)
+        kept, place = torch.unique(columns, return_inverse=True)
+        with only_positions(self.accelerator.unwrap_model(model), rows, place):
+            logits = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                use_cache=False,
+                logits_to_keep=kept,
+            ).logits
+        if logits.dim() == 3:  # no output layer was found: all rows of the columns
+            logits = logits[rows, place]
+        logps = token_logps(logits, inputs["input_ids"][rows, columns + 1])
         return figa_loss(
             logps,
-            weights[:, columns],
+            weights[rows, columns],
             threshold=self.args.threshold,
             reading=self.args.threshold_reading,
             normalizer=normalizer,
@@ -211,6 +218,21 @@ class FIGATrainer(Trainer):
             counts = torch.tensor(list(self._counts.values()), dtype=torch.float64, device=self.args.device)
             logs = {**logs, **dict(zip(self._counts, self.accelerator.reduce(counts, "sum").tolist(), strict=True))}
         super().log(logs, *args, **kwargs)
+
+
+@contextmanager
+def only_positions(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """While the block runs, the model's output layer sees the N positions (rows, columns) of its (B, T, H) input alone,
+    and gives logits (N, V). A model that names no output layer stays as it is."""
+    layer = model.get_output_embeddings()
+    if layer is None:
+        yield
+        return
+    handle = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows, columns], *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class FilterConfig(Section):

@@ -19,8 +19,8 @@ from fgalign.errors import TrainingError
 from fgalign.losses.rrhf import RrhfLoss, rrhf_loss
 from fgalign.modeling import load_causal_lm
 from fgalign.rewards import load_reward
-from fgalign.rewards.scoring import as_rollout, score_responses
-from fgalign.rollout import Rollout, response_logps
+from fgalign.rewards.scoring import score_responses
+from fgalign.rollout import Rollout, as_rollout, response_logps
 from fgalign.tokens import encode_prompt, encode_response
 from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
 

@@ -12,8 +12,7 @@ from transformers import Trainer, TrainingArguments
 from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.modeling import load_causal_lm
-from fgalign.rewards.scoring import as_rollout
-from fgalign.rollout import Rollout, response_logps
+from fgalign.rollout import Rollout, as_rollout, response_logps
 from fgalign.tensor_ops import masked_mean
 from fgalign.tokens import encode_prompt, encode_response
 from fgalign.training import OptimConfig, save_trained, train, trainer_arguments

@@ -8,25 +8,7 @@ import torch
 from torch import Tensor
 
 from fgalign.rewards import RewardFunction, response_scores
-from fgalign.rollout import Rollout
-from fgalign.tensor_ops import pad
-
-
-def as_rollout(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str
-) -> Rollout:
-    """Given prompts and responses as a ``Rollout`` (not truncated)."""
-
-    def mask(rows: Sequence[Sequence[int]], side: str) -> Tensor:
-        return pad([[1] * len(row) for row in rows], 0, side=side).bool().to(device)
-
-    return Rollout(
-        pad(prompts, pad_token_id, side="left").to(device),
-        mask(prompts, "left"),
-        pad(responses, pad_token_id, side="right").to(device),
-        mask(responses, "right"),
-        torch.zeros(len(prompts), dtype=torch.bool, device=device),
-    )
+from fgalign.rollout import Rollout, as_rollout
 
 
 def raw_rewards(

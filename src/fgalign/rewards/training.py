@@ -18,7 +18,7 @@ from fgalign.modeling import load_sequence_reward_model, load_token_reward_model
 from fgalign.schema import LabelledPair
 from fgalign.tensor_ops import pad
 from fgalign.tokens import encode_prompt, encode_response
-from fgalign.training import OptimConfig, peft_config, save_trained, train, trainer_arguments
+from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
 
 
 class RewardSection(Section):
@@ -131,16 +131,13 @@ def train_token_model(context: Context, config: TokenRewardSection, pairs: list[
     _check_lengths(
         (pair.prompt_ids + ids for pair in pairs for ids in (pair.initial_ids, pair.revised_ids)), config.max_length
     )
-    model = load_token_reward_model(context.model(config.start), context.device, num_labels=OUTPUTS[config.loss])
     lora = peft_config(config.optim, "TOKEN_CLS")
     if lora is not None:
-        from peft import get_peft_model
-
         # The new head is trained in full; peft leaves it out of "all-linear" by itself for sequence models only.
         lora.exclude_modules = ["score", "classifier"]
-        model = get_peft_model(model, lora)
+    model = load_token_reward_model(context.model(config.start), context.device, num_labels=OUTPUTS[config.loss])
     trainer = TokenRewardTrainer(
-        model,
+        add_lora(model, lora),
         class_weights=_class_weights(pairs, config),
         token_loss_name=config.loss,
         args=TrainingArguments(**_arguments(context, config.optim)),
