@@ -10,10 +10,12 @@ from scipy import stats
 
 from fgalign.evaluation.statistics import (
     PrecisionRecall,
+    SeedVariance,
     auroc,
     crossed_interval,
     holm,
     paired_interval,
+    pooled_seed_variance,
     precision_recall,
     seed_interval,
 )
@@ -147,6 +149,61 @@ def test_crossed_interval_refuses_bad_tables(values, message):
 def test_levels_outside_0_to_1_are_refused():
     with pytest.raises(ValueError, match=r"level: expected a number between 0 and 1, found 95"):
         crossed_interval([[1, 2]], level=95)
+
+
+def three_way(residual):
+    """Means of 3 policies and 2 seeds, the same for 2 prompts, and a pattern that only the highest interaction sees."""
+    means = np.array([[0, 2], [0, 0], [0, 1]], dtype=float)[:, :, None]
+    pattern = np.einsum("m,s,p->msp", [1, -1, 0], [1, -1], [1, -1])
+    return means + residual * pattern
+
+
+@pytest.mark.parametrize(("residual", "expected"), [(0.0, 0.5), (0.25, 0.375), (1.0, 0.0)])
+def test_pooled_seed_variance_by_hand(residual, expected):
+    # Less row means (1, 0, 0.5), column means (0, 1) and plus the mean 0.5, the means are -0.5, 0.5; 0.5, -0.5; 0, 0:
+    # squares sum to 1, MS_ms = 2 * 1 / (2 * 1) = 1. The pattern's squares sum to 8, so MS_msp = 8 c^2 / (2 * 1 * 1).
+    # v = (1 - 0) / 2; (1 - 0.25) / 2; (1 - 4) / 2 is below 0.
+    found = pooled_seed_variance(three_way(residual))
+    assert found == pytest.approx((expected, 2))
+    # What all policies of a seed, a prompt, or both have in common does not count.
+    common = np.array([[5.0, -1.0], [2.0, 7.0]])
+    assert pooled_seed_variance(three_way(residual) + common) == pytest.approx(tuple(found))
+
+
+def test_paired_interval_with_a_pooled_variance_by_hand():
+    # Differences 1, 3 in both seeds: MS_seeds = MS_res = 0, MS_prompts = 2 * (1 + 1) / 1 = 4. With v = 0.5 MS_seeds
+    # becomes 2 * 2 * 0.5 = 2 with 2 degrees of freedom: error sqrt((2 + 4) / 4), freedom 6^2 / (2^2 / 2 + 4^2 / 1) = 2.
+    a, b = np.array([[1.0, 3.0], [2.0, 4.0]]), np.array([[0.0, 0.0], [1.0, 1.0]])
+    found = paired_interval(a, b, seed_variance=SeedVariance(0.5, 2))
+    assert found.mean == 2
+    assert found.high - 2 == pytest.approx(4.302653 * math.sqrt(1.5), rel=1e-6)
+    assert paired_interval(a, b).high - 2 == pytest.approx(12.706205, rel=1e-6)  # one degree of freedom, error 1
+
+
+def test_pooling_over_the_two_sides_alone_changes_nothing():
+    generator = np.random.default_rng(3)
+    for spread in (0.0, 0.3, 2.0):
+        a, b = (generator.normal(size=(4, 30)) + spread * generator.normal(size=(4, 1)) for _ in range(2))
+        pooled = paired_interval(a, b, 0.9, pooled_seed_variance([a, b]))
+        assert pooled == pytest.approx(paired_interval(a, b, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([[1, 2], [3, 4]], r"at least two policies, two seeds and two prompts \(3 dimensions\), found shape \(2, 2\)"),
+        ([[[1, 2], [3, 4]]], r"found shape \(1, 2, 2\)"),
+        ([[[1, 2], [3, 4]], [[1, 2], [3, math.nan]]], "found nan at policy 1, seed 1, prompt 1"),
+    ],
+)
+def test_pooled_seed_variance_refuses_bad_tables(tables, message):
+    with pytest.raises(ValueError, match=message):
+        pooled_seed_variance(tables)
+
+
+def test_a_pooled_variance_needs_seeds_and_prompts():
+    with pytest.raises(ValueError, match=r"seed_variance: expected at least two seeds and two prompts.*\(2, 1\)"):
+        paired_interval([[1], [2]], [[0], [0]], seed_variance=SeedVariance(1.0, 3))
 
 
 def test_seed_interval_wants_one_value_a_seed():

@@ -4,6 +4,8 @@ A claim is one entry of ``CLAIMS``: a sentence, and the two sides whose differen
 side as claimed* minus *other side*, so a positive estimate speaks for the claim. Values with one number per seed and
 prompt are paired by both (``statistics.paired_interval``), values with one number per seed by seed (a paired t test).
 
+- **Seeds.** The variance between seeds of a win rate is pooled over all policies that the papers' claims name
+  (``statistics.pooled_seed_variance``, ``seed_pool``); one difference by itself has seeds - 1 degrees of freedom.
 - **Correction.** Holm's over the papers' claims that the profile can test. Rows beyond the papers (FIGA against every
   other method of the profile) are a family of their own: a method that somebody adds changes no verdict on a paper.
 - **Verdict.** *holds*: adjusted p below 0.05 and the estimate on the claimed side. *does not hold*: adjusted p below
@@ -37,6 +39,9 @@ from fgalign.report.tables import PERCENT, best_score, first_reaching, paired_wi
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from fgalign.evaluation.statistics import SeedVariance
+    from fgalign.report.inputs import Grid
 
 Verdict = Literal["holds", "does not hold", "cannot tell"]
 Sides = tuple["np.ndarray", "np.ndarray"]
@@ -75,6 +80,9 @@ class Claim:
     files: Callable[[Profile], list[Path]]
     reported: float | None = None
 
+    policies: Callable[[Profile], dict[Path, Grid] | None] | None = None
+    """Of a claim about win rates: what was judged, by metrics file, the claimed side first."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -107,14 +115,14 @@ class Estimate:
     half_width: Callable[[float], float]
 
 
-def estimate(better: np.ndarray, other: np.ndarray) -> Estimate:
+def estimate(better: np.ndarray, other: np.ndarray, seed_variance: SeedVariance | None = None) -> Estimate:
     """Paired difference ``better - other`` of two arrays of shape [seeds, prompts]."""
     from fgalign.evaluation.statistics import paired_interval
 
-    interval = paired_interval(better, other)
+    interval = paired_interval(better, other, seed_variance=seed_variance)
 
     def half_width(level: float) -> float:
-        at = paired_interval(better, other, level)
+        at = paired_interval(better, other, level, seed_variance)
         return (at.high - at.low) / 2
 
     return Estimate(interval.mean, interval.low, interval.high, interval.p_value, half_width)
@@ -162,9 +170,10 @@ def claim_results(profile: Profile) -> list[Result]:
             "one run says nothing about a method"
         )
     results = []
+    pool = seed_pool(profile)
     for claims in (CLAIMS, further_claims(profile)):
         tested = [(claim, sides) for claim in claims if (sides := claim.sides(profile)) is not None]
-        estimates = [estimate(*sides) for _, sides in tested]
+        estimates = [estimate(*sides, pool if claim.policies else None) for claim, sides in tested]
         judged = judge(estimates, [claim.quantity.smallest for claim, _ in tested])
         for (claim, _), found, (p_holm, decision, detectable) in zip(tested, estimates, judged, strict=True):
             results.append(
@@ -175,6 +184,34 @@ def claim_results(profile: Profile) -> list[Result]:
                 )
             )  # fmt: skip
     return results
+
+
+def seed_pool(profile: Profile) -> SeedVariance | None:
+    """The variance between seeds of a policy's win rate, in squared points, pooled over the policies that the papers'
+    claims name and the profile has, each once; None where there are not two. Methods beyond the papers have no part in
+    it, so that one that somebody adds changes no verdict on a paper.
+
+    Raises:
+        InputError: as ``claim_results``; policies were judged on different prompts.
+    """
+    import numpy as np
+
+    from fgalign.evaluation.statistics import pooled_seed_variance
+
+    grids: dict[Path, Grid] = {}
+    for claim in CLAIMS:
+        grids |= (claim.policies(profile) if claim.policies else None) or {}
+    if not grids:
+        return None
+    inputs.same_items(grids, lambda path: path)
+    first = next(iter(grids.values()))
+    wins: list[np.ndarray] = []
+    for grid in grids.values():
+        _, values = paired_wins(first, grid)
+        # A study's first variant is the method itself, and has its answers.
+        if not any(np.array_equal(values, other) for other in wins):
+            wins.append(values)
+    return pooled_seed_variance(wins) if len(wins) > 1 else None
 
 
 def further_claims(profile: Profile) -> tuple[Claim, ...]:
@@ -286,25 +323,23 @@ def _text(column: str, value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _judged(profile: Profile, method: str) -> list[Path]:
-    return [metrics_path(profile, f"judged/{method}.csv")]
+def _judged(profile: Profile, method: str) -> Path:
+    return metrics_path(profile, f"judged/{method}.csv")
 
 
 def _wins(name: str, paper: str, sentence: str, better: str, other: str, reported: float | None = None) -> Claim:
     """Win rate of one method against that of another, paired by seed and prompt; both must be in the profile."""
 
-    def sides(profile: Profile) -> Sides | None:
+    def policies(profile: Profile) -> dict[Path, Grid] | None:
         known = {"base", SFT, *profile.params.get("methods", {})}
         if not {better, other} <= known:
             return None
-        grids = {method: inputs.read_judged(profile, method) for method in (better, other)}
-        inputs.same_items(grids, lambda method: _judged(profile, method)[0])
-        return paired_wins(grids[better], grids[other])
+        return {_judged(profile, method): inputs.read_judged(profile, method) for method in (better, other)}
 
     def files(profile: Profile) -> list[Path]:
-        return [*_judged(profile, better), *_judged(profile, other)]
+        return [_judged(profile, better), _judged(profile, other)]
 
-    return Claim(name, paper, sentence, WIN_RATE, sides, files, reported)
+    return Claim(name, paper, sentence, WIN_RATE, partial(_paired, policies), files, reported, policies)
 
 
 def _variant(name: str, sentence: str, study: str, other: str) -> Claim:
@@ -318,14 +353,22 @@ def _variant(name: str, sentence: str, study: str, other: str) -> Claim:
     def files(profile: Profile) -> list[Path]:
         return [metrics_path(profile, f"studies/{study}/{variant}.csv") for variant in names(profile)]
 
-    def sides(profile: Profile) -> Sides | None:
+    def policies(profile: Profile) -> dict[Path, Grid] | None:
         if not names(profile) or not metrics_path(profile, f"studies/{study}").is_dir():
             return None
-        grids = {variant: inputs.read_variant(profile, study, variant) for variant in names(profile)}
-        inputs.same_items(grids, lambda variant: metrics_path(profile, f"studies/{study}/{variant}.csv"))
-        return paired_wins(*grids.values())
+        grids = [inputs.read_variant(profile, study, variant) for variant in names(profile)]
+        return dict(zip(files(profile), grids, strict=True))
 
-    return Claim(name, FIGA, sentence, WIN_RATE, sides, files)
+    return Claim(name, FIGA, sentence, WIN_RATE, partial(_paired, policies), files, policies=policies)
+
+
+def _paired(policies: Callable[[Profile], dict[Path, Grid] | None], profile: Profile) -> Sides | None:
+    """Wins of the two policies, in percent, with the same seed and prompt in the same place."""
+    grids = policies(profile)
+    if grids is None:
+        return None
+    inputs.same_items(grids, lambda path: path)
+    return paired_wins(*grids.values())
 
 
 def _accuracy(name: str, sentence: str, quantity: Quantity, better: str) -> Claim:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fgalign.config import Profile
 from fgalign.errors import InputError
@@ -20,6 +20,7 @@ from fgalign.io import read_json
 if TYPE_CHECKING:
     import numpy as np
 
+K = TypeVar("K")
 JUDGED_COLUMNS = ("id", "seed", "score", "reference_score", "win", "kl", "tokens", "truncated")
 CURVE_COLUMNS = ("update", "response_tokens", "gradient_updates", "score", "win", "kl", "reward")
 SWEEP_METRICS = ("search.csv", "overoptimisation.csv")
@@ -140,7 +141,7 @@ def read_variant(profile: Profile, study: str, variant: str) -> Grid:
     return read_grid(path, profile.seeds, JUDGED_COLUMNS[2:], f"the stage that judges study `{study}`", "reward_")
 
 
-def same_items(grids: dict[str, Grid], path: Callable[[str], Path]) -> None:
+def same_items(grids: Mapping[K, Grid], path: Callable[[K], Path]) -> None:
     """Raise InputError, naming the file by ``path``, unless all have the prompts of the first, in whatever order."""
     first = next(iter(grids))
     for name, grid in grids.items():
