@@ -8,6 +8,7 @@ import synthetic_metrics as made_up
 from scipy.stats import t as student
 
 from fgalign.errors import InputError
+from fgalign.evaluation.statistics import paired_interval, pooled_seed_variance
 from fgalign.report.claims import (
     BEYOND,
     CLAIMS,
@@ -22,6 +23,7 @@ from fgalign.report.claims import (
     estimate,
     judge,
     read_claims,
+    seed_pool,
     untested,
     verdict,
 )
@@ -119,6 +121,7 @@ def test_holm_and_the_level_of_each_claim_by_hand():
 
 
 def test_win_rates_are_paired_by_seed_and_prompt(profile):
+    profile.params["studies"].clear()
     write_wins(profile, "judged/ppo_token", [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
     plain = [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
     for method in ("base", "sft", "figa", "ppo_preference", "ppo_edit"):
@@ -128,7 +131,8 @@ def test_win_rates_are_paired_by_seed_and_prompt(profile):
     header, *rows = path.read_text().splitlines()
     path.write_text("\n".join([header, *reversed(rows)]) + "\n")
     found = by_name(profile)["token_ppo_beats_ppo"]
-    # As worked in test_report: difference 25 points, standard error 100 / 6, 6 degrees of freedom, t = 1.5.
+    # As worked in test_report: difference 25 points, standard error 100 / 6, 6 degrees of freedom, t = 1.5. The other
+    # policies are all alike and count once, and pooling over the two sides of a difference changes nothing.
     assert found.estimate == pytest.approx(25.0)
     assert found.ci_high == pytest.approx(25 + 100 * float(student.ppf(0.975, 6)) / 6)
     assert found.p_value == pytest.approx(2 * float(student.sf(1.5, 6)))
@@ -187,7 +191,37 @@ def test_credit_is_compared_beyond_chance(profile):
     assert by_name(profile)["token_rewards_find_flaws"].estimate == pytest.approx(12.0)
 
 
+def test_the_variance_between_seeds_is_pooled_over_the_policies_of_the_papers_claims(profile):
+    profile.params["studies"].pop("figa_data_ablation")
+    generator = np.random.default_rng(0)
+    wins = {method: generator.integers(0, 2, (3, 5)) for method in ("sft", "ppo_preference", "ppo_edit", "ppo_token")}
+    wins["figa"] = wins["levenshtein"] = generator.integers(0, 2, (3, 5))  # the study's first variant is FIGA
+    wins |= {variant: generator.integers(0, 2, (3, 5)) for variant in ("bag_of_words", "constant", "reward_difference")}
+    beyond = {name: generator.integers(0, 2, (3, 5)) for name in ("base", "word", "reward_model", "simpo")}
+    profile.params["methods"]["simpo"] = {"kind": "simpo"}
+    for name, values in (wins | beyond).items():
+        folder = "studies/figa_signals" if name in made_up.SIGNALS else "judged"
+        write_wins(profile, f"{folder}/{name}", values)
+    named = [100 * values for name, values in wins.items() if name != "levenshtein"]
+    assert len(named) == 8
+    pool = pooled_seed_variance(named)
+    assert seed_pool(profile) == pytest.approx(tuple(pool)) and pool.freedom == 7 * 2
+    found = by_name(profile)
+    for claim, better, other in (
+        ("token_ppo_beats_ppo", "ppo_token", "ppo_preference"),
+        ("levenshtein_beats_constant", "figa", "constant"),
+        ("figa_against_simpo", "figa", "simpo"),
+    ):
+        sides = [100.0 * (wins | beyond)[name] for name in (better, other)]
+        expected = paired_interval(*sides, seed_variance=pool)
+        assert (found[claim].ci_low, found[claim].p_value) == pytest.approx((expected.low, expected.p_value))
+        assert found[claim].ci_low != pytest.approx(paired_interval(*sides).low)
+
+
 def test_variants_are_compared_with_the_first(profile):
+    profile.params["studies"].pop("figa_data_ablation")
+    for method in ("base", "sft", "figa", "ppo_preference", "ppo_edit", "ppo_token"):
+        write_wins(profile, f"judged/{method}", [[1, 1, 0, 0]] * 3)
     for variant in made_up.SIGNALS:
         wins = [1, 0, 0, 0] if variant == "constant" else [1, 1, 1, 0]
         write_wins(profile, f"studies/figa_signals/{variant}", [wins] * 3)
