@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import yaml
@@ -190,6 +190,16 @@ def test_every_table_has_the_stage_that_builds_it(stages_read_once) -> None:
     assert table_stage(human, "figa_main") == "reproduce/profiles/human/dvc.yaml:figa_main"
     with pytest.raises(InputError, match="no stage of the profile human builds this table"):
         table_stage(human, "credit")
+
+
+def test_what_a_stage_reads_some_stage_writes(read_once) -> None:
+    stages = read_once(ROOT)
+    written = {PurePosixPath(out) for stage in stages for out in stage.outs}
+    for stage in stages:
+        for dep in map(PurePosixPath, stage.deps):
+            if dep.parts[0] in ("data", "results"):
+                found = dep in written or written & set(dep.parents) or any(dep in out.parents for out in written)
+                assert found, f"{stage.address}: no stage writes {dep}"
 
 
 def environment(root: Path, programs: Path | None = None) -> dict[str, str]:
