@@ -214,7 +214,7 @@ def test_every_stage_has_a_group(benchmark_script):
 
 
 def test_time_inside_ppo_is_read_from_the_newest_run(benchmark_script, tmp_path, monkeypatch):
-    from fgalign.tracking import track
+    from fgalign.tracking import stop, track
 
     (tmp_path / "params.yaml").write_text("profile: mini\n")
     monkeypatch.delenv("FGALIGN_TRACKING", raising=False)
@@ -225,6 +225,7 @@ def test_time_inside_ppo_is_read_from_the_newest_run(benchmark_script, tmp_path,
         with track(profile, "ppo_token", 1, {}) as tracked:
             for update in (1, 2):
                 tracked.log({"time/rollout": rollout, "time/scoring": 0.5, "time/update": 2.0}, update)
+    stop()
     parts = benchmark_script.ppo_seconds(profile)
     assert list(parts) == ["mini/ppo_token/seed-1"]
     found = parts["mini/ppo_token/seed-1"]

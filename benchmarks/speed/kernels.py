@@ -65,21 +65,25 @@ def collation(workload: PairWorkload, rounds: int) -> dict[str, list[float]]:
 
 
 def loss(workload: PairWorkload, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the loss and its gradient with respect to given float32 logits: FIGA's trainer, which asks for the
-    columns with weights only (``figa``), and cross-entropy at every position (``cross_entropy``)."""
+    """Seconds of the loss and its gradient with respect to given float32 logits: FIGA's trainer, whose output layer
+    sees positions with weights only (``figa``), and cross-entropy at every position (``cross_entropy``)."""
     import torch
 
     from fgalign.methods.figa import FIGATrainer
 
     collator, examples = figa_batch(workload)
     batch = collator(examples)
-    columns = int((batch["weights"] != 0).any(0).sum())
+    weighted = batch["weights"] != 0
     targets = batch["input_ids"][:, 1:]
     torch.manual_seed(workload.seed)
     logits = torch.randn(*targets.shape, workload.vocab_size)
-    some = logits[:, :columns].clone().requires_grad_()
+    some = logits[weighted].clone().requires_grad_()
     every = logits.requires_grad_()
-    trainer = SimpleNamespace(args=SimpleNamespace(threshold=0.6, threshold_reading="nll"))
+    # What the loss asks of its trainer and its model; these logits are what an output layer would have made.
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(threshold=0.6, threshold_reading="nll"),
+        accelerator=SimpleNamespace(unwrap_model=lambda _: SimpleNamespace(get_output_embeddings=lambda: None)),
+    )
 
     def figa() -> None:
         some.grad = None
