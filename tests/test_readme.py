@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,7 @@ def test_time_inside_ppo_is_read_from_the_newest_run(benchmark_script, tmp_path,
         with track(profile, "ppo_token", 1, {}) as tracked:
             for update in (1, 2):
                 tracked.log({"time/rollout": rollout, "time/scoring": 0.5, "time/update": 2.0}, update)
+        time.sleep(0.01)  # runs are told apart by milliseconds
     stop()
     parts = benchmark_script.ppo_seconds(profile)
     assert list(parts) == ["mini/ppo_token/seed-1"]
