@@ -223,6 +223,26 @@ def write_reward_models(profile: Profile) -> None:
         for seed in profile.seeds
     ]
     write_csv(profile.results / "metrics" / "reward_models.csv", "model,metric,seed,value", rows)
+    write_reward_pairs(
+        profile,
+        {
+            (model, metric): [[random.random() < value for _ in range(40)] for _ in profile.seeds]
+            for model, metrics in accuracy.items()
+            for metric, value in metrics.items()
+            if metric.startswith("accuracy_")
+        },
+    )
+
+
+def write_reward_pairs(profile: Profile, correct: dict[tuple[str, str], list]) -> None:
+    """Whether models rank pairs rightly, ``correct[model, metric][seed place][pair]``."""
+    rows = [
+        [model, metric, seed, f"pair-{pair}", float(value)]
+        for (model, metric), by_seed in correct.items()
+        for seed, values in zip(profile.seeds, by_seed, strict=True)
+        for pair, value in enumerate(values)
+    ]
+    write_csv(profile.results / "metrics" / "reward_pairs.csv", "model,metric,seed,id,correct", rows)
 
 
 def write_figa_data(profile: Profile, pairs: int) -> None:

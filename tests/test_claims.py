@@ -23,7 +23,7 @@ from fgalign.report.claims import (
     estimate,
     judge,
     read_claims,
-    seed_pool,
+    seed_pools,
     untested,
     verdict,
 )
@@ -142,25 +142,23 @@ def test_win_rates_are_paired_by_seed_and_prompt(profile):
     assert (same.estimate, same.ci_low, same.ci_high, same.p_value, same.verdict) == (0, 0, 0, 1, "does not hold")
 
 
-def test_accuracies_are_paired_by_seed(profile):
-    accuracy = {"rm_preference": (0.70, 0.71, 0.72), "rm_edit": (0.71, 0.73, 0.75), "rm_token": (0.70, 0.71, 0.72)}
-    rows = [
-        [model, metric, seed, value]
-        for model, values in accuracy.items()
-        for metric in ("accuracy_edit", "accuracy_preference")
-        for seed, value in zip((1, 2, 3), values if metric == "accuracy_edit" else (0.5, 0.5, 0.5), strict=True)
-    ]
-    made_up.write_csv(profile.results / "metrics" / "reward_models.csv", "model,metric,seed,value", rows)
+def test_accuracies_are_paired_by_seed_and_pair(profile):
+    generator = np.random.default_rng(1)
+    models, metrics = ("rm_preference", "rm_edit", "rm_token"), ("accuracy_edit", "accuracy_preference")
+    correct = {(model, metric): generator.integers(0, 3, (3, 8)) / 2 for metric in metrics for model in models}
+    made_up.write_reward_pairs(profile, correct)
     found = by_name(profile)
-    # Differences 1, 2 and 3 points, as in the test of the estimate.
-    assert found["edit_model_on_edits"].estimate == pytest.approx(2.0)
-    assert found["edit_model_on_edits"].p_value == pytest.approx(1 - 12**0.5 / 14**0.5, abs=1e-6)
-    assert found["edit_model_on_preferences"].estimate == found["token_model_on_edits"].estimate == 0.0
-    rows = [row for row in rows if row[:2] != ["rm_token", "accuracy_edit"]]
-    made_up.write_csv(profile.results / "metrics" / "reward_models.csv", "model,metric,seed,value", rows)
-    with pytest.raises(
-        InputError, match=r"reward_models.csv: rm_token has no accuracy_edit; found accuracy_preference"
-    ):
+    for metric, name in zip(metrics, ("edits", "preferences"), strict=True):
+        pool = pooled_seed_variance([100 * correct[model, metric] for model in models])
+        assert pool.freedom == 4
+        for model, claim in (("rm_edit", f"edit_model_on_{name}"), ("rm_token", f"token_model_on_{name}")):
+            sides = [100 * correct[side, metric] for side in (model, "rm_preference")]
+            expected = paired_interval(*sides, seed_variance=pool)
+            assert found[claim].estimate == pytest.approx(sides[0].mean() - sides[1].mean())
+            assert (found[claim].ci_low, found[claim].p_value) == pytest.approx((expected.low, expected.p_value))
+    del correct["rm_token", "accuracy_edit"]
+    made_up.write_reward_pairs(profile, correct)
+    with pytest.raises(InputError, match=r"reward_pairs.csv \(rm_token, accuracy_edit\): seed 1 is missing; expected"):
         claim_results(profile)
 
 
@@ -205,7 +203,7 @@ def test_the_variance_between_seeds_is_pooled_over_the_policies_of_the_papers_cl
     named = [100 * values for name, values in wins.items() if name != "levenshtein"]
     assert len(named) == 8
     pool = pooled_seed_variance(named)
-    assert seed_pool(profile) == pytest.approx(tuple(pool)) and pool.freedom == 7 * 2
+    assert seed_pools(profile)["win rate (points)"] == pytest.approx(tuple(pool)) and pool.freedom == 7 * 2
     found = by_name(profile)
     for claim, better, other in (
         ("token_ppo_beats_ppo", "ppo_token", "ppo_preference"),

@@ -183,7 +183,8 @@ REFERENCES = [
 @pytest.fixture
 def answer(tmp_path, make_model, tokenizer):
     """``answer(decoding)``: the answers of a policy with that decoding (None: without a file), and all models."""
-    from fgalign.stages.evaluate import REWARD_MODELS, Answerer
+    from fgalign.evaluation.config import REWARD_MODELS
+    from fgalign.stages.evaluate import Answerer
 
     settings = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     params = {

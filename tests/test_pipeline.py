@@ -44,9 +44,9 @@ STAGE_FUNCTIONS = {
     "judge_start": ("evaluate", "run_judge"),
     "judge": ("evaluate", "run_judge"),
     "label_quality": ("evaluate", "run_label_quality"),
-    "reward_models": ("evaluate", "run_reward_models"),
+    "reward_models": ("reward_models", "run_reward_models"),
     "curves": ("evaluate", "run_curves"),
-    "token_models": ("evaluate", "run_token_models"),
+    "token_models": ("reward_models", "run_token_models"),
     "judge_study": ("compare", "run_judge_study"),
     "credit": ("compare", "run_credit"),
     "benchmark_items": ("benchmarks", "run_benchmark_items"),
@@ -305,6 +305,7 @@ def test_every_section_of_every_profile_is_valid(name: str) -> None:
     from fgalign.base_model import PretrainedConfig, ScratchConfig
     from fgalign.benchmarks import BenchmarkConfig
     from fgalign.config import load_profile, parse_section
+    from fgalign.evaluation.config import EvaluationConfig
     from fgalign.labels import LabelConfig
     from fgalign.modeling import RuntimeConfig
     from fgalign.ppo_trainer import FineGrainedPPOConfig, check_config
@@ -312,7 +313,6 @@ def test_every_section_of_every_profile_is_valid(name: str) -> None:
     from fgalign.rewards.training import RewardSection, TokenRewardSection
     from fgalign.sft import SFTSection
     from fgalign.sources import get_source
-    from fgalign.stages.evaluate import EvaluationConfig
     from fgalign.stages.train import method_config, reward_config
     from fgalign.study import candidates, get_study
 
@@ -357,7 +357,7 @@ def known_world(smoke: Path):
     from fgalign.config import load_profile
     from fgalign.stages.compare import run_choose_search, run_credit, run_judge_study, run_overoptimisation
     from fgalign.stages.data import run_study_edits
-    from fgalign.stages.evaluate import run_token_models
+    from fgalign.stages.reward_models import run_token_models
     from fgalign.stages.studies import run_search, run_study
     from fgalign.stages.train import run_reward_model
 

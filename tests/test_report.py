@@ -713,7 +713,10 @@ def pipeline(profile):
     stages["choose_search"] = {**one, "deps": [src, "data/mini/search"], "outs": [sweeps + "search.csv"]}
     stages["credit"] = {**one, "deps": [src, *(model(name) for name in made_up.PPO)], "outs": [metrics + "credit.csv"]}
     stages["label_quality"] = {**one, "outs": [metrics + "label_quality.json"]}
-    stages["reward_models"] = {**one, "outs": [metrics + "reward_models.csv", metrics + "figa_data.csv"]}
+    stages["reward_models"] = {
+        **one,
+        "outs": [metrics + name for name in ("reward_models.csv", "reward_pairs.csv", "figa_data.csv")],
+    }
     stages["curves"] = {**one, "deps": [src, *(model(name) for name in made_up.PPO)], "outs": [metrics + "curves.csv"]}
     return stages
 

@@ -283,7 +283,7 @@ def profile(make_model, tmp_path):
 
 def test_stages(profile):
     from fgalign.rewards import LEVELS
-    from fgalign.stages.evaluate import run_reward_models, run_token_models
+    from fgalign.stages.reward_models import run_reward_models, run_token_models
     from fgalign.stages.train import run_reward_model
 
     for name in (*LEVELS, "tm_regression", "tm_binary"):
@@ -304,6 +304,15 @@ def test_stages(profile):
     kept = [(row["seed"], row["model"], row["metric"]) for row in found]
     assert [key for key in expected if key in kept or key[2] != "token_precision"] == kept
     assert all(0 <= float(row["value"]) <= 1 for row in found)
+    # Pair by pair, an accuracy is the mean of its pairs.
+    with open(metrics / "reward_pairs.csv") as file:
+        pairs = list(csv.DictReader(file))
+    for row in usual:
+        if row["metric"].startswith("accuracy_"):
+            key = ("model", "metric", "seed")
+            mine = [float(pair["correct"]) for pair in pairs if all(pair[name] == row[name] for name in key)]
+            assert set(mine) <= {0.0, 0.5, 1.0}
+            assert float(row["value"]) == pytest.approx(sum(mine) / len(mine), abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def label_quality(profile: ProfileOption = None) -> None:
 def reward_models(profile: ProfileOption = None) -> None:
     """The reward models on held-out pairs and against the truth."""
     with stage(profile, "reward_models") as current:
-        from fgalign.stages.evaluate import run_reward_models
+        from fgalign.stages.reward_models import run_reward_models
 
         run_reward_models(current)
 
@@ -196,7 +196,7 @@ def reward_models(profile: ProfileOption = None) -> None:
 def token_models(profile: ProfileOption = None) -> None:
     """Every token-level reward model on held-out pairs and against the truth."""
     with stage(profile, "token_models") as current:
-        from fgalign.stages.evaluate import run_token_models
+        from fgalign.stages.reward_models import run_token_models
 
         run_token_models(current)
 

@@ -2,10 +2,12 @@
 
 A claim is one entry of ``CLAIMS``: a sentence, and the two sides whose difference it is about. Differences are *better
 side as claimed* minus *other side*, so a positive estimate speaks for the claim. Values with one number per seed and
-prompt are paired by both (``statistics.paired_interval``), values with one number per seed by seed (a paired t test).
+prompt (or held-out pair) are paired by both (``statistics.paired_interval``), values with one number per seed by seed
+(a paired t test).
 
-- **Seeds.** The variance between seeds of a win rate is pooled over all policies that the papers' claims name
-  (``statistics.pooled_seed_variance``, ``seed_pool``); one difference by itself has seeds - 1 degrees of freedom.
+- **Seeds.** The variance between seeds of a win rate is pooled over all policies that the papers' claims name, that of
+  an accuracy over all reward models (``statistics.pooled_seed_variance``, ``seed_pools``); one difference by itself has
+  seeds - 1 degrees of freedom.
 - **Correction.** Holm's over the papers' claims that the profile can test. Rows beyond the papers (FIGA against every
   other method of the profile) are a family of their own: a method that somebody adds changes no verdict on a paper.
 - **Verdict.** *holds*: adjusted p below 0.05 and the estimate on the claimed side. *does not hold*: adjusted p below
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
 Verdict = Literal["holds", "does not hold", "cannot tell"]
 Sides = tuple["np.ndarray", "np.ndarray"]
+Grids = dict[tuple[Path, str], "Grid"]
+"""What was measured, by metrics file and name: a method, a variant or a reward model."""
 
 XU, FIGA, BEYOND = "Xu et al.", "FIGA", "beyond the papers"
 LEVEL = 0.05
@@ -54,15 +58,17 @@ FIGA_METHOD = "figa"
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a claim compares: its name with the unit, and the smallest difference that would matter, in that unit."""
+    """What a claim compares: its name with the unit, the smallest difference that would matter, in that unit, and where
+    there is one number per seed and prompt, the column that has it."""
 
     name: str
     smallest: float
+    column: str | None = None
 
 
-WIN_RATE = Quantity("win rate (points)", 2.0)
-ON_EDITS = Quantity("accuracy on held-out edits (points)", 2.0)
-ON_PREFERENCES = Quantity("accuracy on held-out preferences (points)", 2.0)
+WIN_RATE = Quantity("win rate (points)", 2.0, "win")
+ON_EDITS = Quantity("accuracy on held-out edits (points)", 2.0, "correct")
+ON_PREFERENCES = Quantity("accuracy on held-out preferences (points)", 2.0, "correct")
 STEPS = Quantity("steps to plain PPO's best score (points of the budget)", 5.0)
 CREDIT = Quantity("weight on flawed tokens beyond chance (points)", 2.0)
 
@@ -80,8 +86,8 @@ class Claim:
     files: Callable[[Profile], list[Path]]
     reported: float | None = None
 
-    policies: Callable[[Profile], dict[Path, Grid] | None] | None = None
-    """Of a claim about win rates: what was judged, by metrics file, the claimed side first."""
+    grids: Callable[[Profile], Grids | None] | None = None
+    """Where there is one number per seed and prompt: both sides, the claimed one first."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +176,10 @@ def claim_results(profile: Profile) -> list[Result]:
             "one run says nothing about a method"
         )
     results = []
-    pool = seed_pool(profile)
+    pools = seed_pools(profile)
     for claims in (CLAIMS, further_claims(profile)):
         tested = [(claim, sides) for claim in claims if (sides := claim.sides(profile)) is not None]
-        estimates = [estimate(*sides, pool if claim.policies else None) for claim, sides in tested]
+        estimates = [estimate(*sides, pools.get(claim.quantity.name)) for claim, sides in tested]
         judged = judge(estimates, [claim.quantity.smallest for claim, _ in tested])
         for (claim, _), found, (p_holm, decision, detectable) in zip(tested, estimates, judged, strict=True):
             results.append(
@@ -186,32 +192,33 @@ def claim_results(profile: Profile) -> list[Result]:
     return results
 
 
-def seed_pool(profile: Profile) -> SeedVariance | None:
-    """The variance between seeds of a policy's win rate, in squared points, pooled over the policies that the papers'
-    claims name and the profile has, each once; None where there are not two. Methods beyond the papers have no part in
-    it, so that one that somebody adds changes no verdict on a paper.
+def seed_pools(profile: Profile) -> dict[str, SeedVariance]:
+    """By name of the quantity, the variance between seeds in squared points, pooled over the policies (or reward
+    models) that the papers' claims name and the profile has, each once; only of quantities with two. Methods beyond the
+    papers have no part in it, so that one that somebody adds changes no verdict on a paper.
 
     Raises:
-        InputError: as ``claim_results``; policies were judged on different prompts.
+        InputError: as ``claim_results``; the sides were measured on different prompts.
     """
     import numpy as np
 
     from fgalign.evaluation.statistics import pooled_seed_variance
 
-    grids: dict[Path, Grid] = {}
+    grids: dict[Quantity, Grids] = {}
     for claim in CLAIMS:
-        grids |= (claim.policies(profile) if claim.policies else None) or {}
-    if not grids:
-        return None
-    inputs.same_items(grids, lambda path: path)
-    first = next(iter(grids.values()))
-    wins: list[np.ndarray] = []
-    for grid in grids.values():
-        _, values = paired_wins(first, grid)
-        # A study's first variant is the method itself, and has its answers.
-        if not any(np.array_equal(values, other) for other in wins):
-            wins.append(values)
-    return pooled_seed_variance(wins) if len(wins) > 1 else None
+        if claim.grids and (found := claim.grids(profile)):
+            grids.setdefault(claim.quantity, {}).update(found)
+    pools = {}
+    for quantity, found in grids.items():
+        tables: list[np.ndarray] = []
+        for grid in _same_items(found).values():
+            _, values = paired_wins(next(iter(found.values())), grid, quantity.column)
+            # A study's first variant is the method itself, and has its answers.
+            if not any(np.array_equal(values, other) for other in tables):
+                tables.append(values)
+        if len(tables) > 1:
+            pools[quantity.name] = pooled_seed_variance(tables)
+    return pools
 
 
 def further_claims(profile: Profile) -> tuple[Claim, ...]:
@@ -323,23 +330,20 @@ def _text(column: str, value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _judged(profile: Profile, method: str) -> Path:
-    return metrics_path(profile, f"judged/{method}.csv")
-
-
 def _wins(name: str, paper: str, sentence: str, better: str, other: str, reported: float | None = None) -> Claim:
     """Win rate of one method against that of another, paired by seed and prompt; both must be in the profile."""
 
-    def policies(profile: Profile) -> dict[Path, Grid] | None:
+    def grids(profile: Profile) -> Grids | None:
         known = {"base", SFT, *profile.params.get("methods", {})}
         if not {better, other} <= known:
             return None
-        return {_judged(profile, method): inputs.read_judged(profile, method) for method in (better, other)}
+        keys = zip(files(profile), (better, other), strict=True)
+        return {(path, method): inputs.read_judged(profile, method) for path, method in keys}
 
     def files(profile: Profile) -> list[Path]:
-        return [_judged(profile, better), _judged(profile, other)]
+        return [metrics_path(profile, f"judged/{method}.csv") for method in (better, other)]
 
-    return Claim(name, paper, sentence, WIN_RATE, partial(_paired, policies), files, reported, policies)
+    return _of_grids(name, paper, sentence, WIN_RATE, grids, files, reported)
 
 
 def _variant(name: str, sentence: str, study: str, other: str) -> Claim:
@@ -353,40 +357,48 @@ def _variant(name: str, sentence: str, study: str, other: str) -> Claim:
     def files(profile: Profile) -> list[Path]:
         return [metrics_path(profile, f"studies/{study}/{variant}.csv") for variant in names(profile)]
 
-    def policies(profile: Profile) -> dict[Path, Grid] | None:
+    def grids(profile: Profile) -> Grids | None:
         if not names(profile) or not metrics_path(profile, f"studies/{study}").is_dir():
             return None
-        grids = [inputs.read_variant(profile, study, variant) for variant in names(profile)]
-        return dict(zip(files(profile), grids, strict=True))
+        keys = zip(files(profile), names(profile), strict=True)
+        return {(path, variant): inputs.read_variant(profile, study, variant) for path, variant in keys}
 
-    return Claim(name, FIGA, sentence, WIN_RATE, partial(_paired, policies), files, policies=policies)
-
-
-def _paired(policies: Callable[[Profile], dict[Path, Grid] | None], profile: Profile) -> Sides | None:
-    """Wins of the two policies, in percent, with the same seed and prompt in the same place."""
-    grids = policies(profile)
-    if grids is None:
-        return None
-    inputs.same_items(grids, lambda path: path)
-    return paired_wins(*grids.values())
+    return _of_grids(name, FIGA, sentence, WIN_RATE, grids, files)
 
 
 def _accuracy(name: str, sentence: str, quantity: Quantity, better: str) -> Claim:
-    """Accuracy of a reward model against that of the one from preferences on the same held-out pairs, by seed."""
+    """Accuracy of a reward model against that of the one from preferences, paired by seed and held-out pair."""
     metric = "accuracy_edit" if quantity is ON_EDITS else "accuracy_preference"
-    other = "rm_preference"
+    file = "reward_pairs.csv"
 
-    def sides(profile: Profile) -> Sides:
-        models = inputs.read_reward_models(profile, [better, other])
-        for model in (better, other):
-            if metric not in models[model]:
-                raise InputError(
-                    f"{metrics_path(profile, 'reward_models.csv')}: {model} has no {metric}; found "
-                    f"{', '.join(models[model])}; run the stage that evaluates the reward models again"
-                )
-        return _column(models[better][metric]), _column(models[other][metric])
+    def grids(profile: Profile) -> Grids:
+        path = metrics_path(profile, file)
+        return {(path, model): inputs.read_reward_pairs(profile, model, metric) for model in (better, "rm_preference")}
 
-    return Claim(name, XU, sentence, quantity, sides, partial(_one, "reward_models.csv"))
+    return _of_grids(name, XU, sentence, quantity, grids, partial(_one, file))
+
+
+def _of_grids(
+    name: str,
+    paper: str,
+    sentence: str,
+    quantity: Quantity,
+    grids: Callable[[Profile], Grids | None],
+    files: Callable[[Profile], list[Path]],
+    reported: float | None = None,
+) -> Claim:
+    """A claim whose two sides have one number per seed and prompt."""
+
+    def sides(profile: Profile) -> Sides | None:
+        found = grids(profile)
+        return None if found is None else paired_wins(*_same_items(found).values(), quantity.column)
+
+    return Claim(name, paper, sentence, quantity, sides, files, reported, grids)
+
+
+def _same_items(grids: Grids) -> Grids:
+    inputs.same_items({f"{path} ({name})": grid for (path, name), grid in grids.items()}, str)
+    return grids
 
 
 def _steps(profile: Profile) -> Sides | None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from fgalign.config import Profile
 from fgalign.errors import InputError
@@ -20,7 +20,6 @@ from fgalign.io import read_json
 if TYPE_CHECKING:
     import numpy as np
 
-K = TypeVar("K")
 JUDGED_COLUMNS = ("id", "seed", "score", "reference_score", "win", "kl", "tokens", "truncated")
 CURVE_COLUMNS = ("update", "response_tokens", "gradient_updates", "score", "win", "kl", "reward")
 SWEEP_METRICS = ("search.csv", "overoptimisation.csv")
@@ -111,21 +110,33 @@ def check_seeds(found: set[int], wanted: list[int], what: str, writer: str) -> N
         )
 
 
-def read_grid(path: Path, seeds: list[int], columns: tuple[str, ...], writer: str, prefix: str | None = None) -> Grid:
-    """Read a file with one row per (seed, id) as arrays; columns starting with ``prefix`` are read as well.
+def read_grid(
+    path: Path,
+    seeds: list[int],
+    columns: tuple[str, ...],
+    writer: str,
+    prefix: str | None = None,
+    where: Mapping[str, str] | None = None,
+) -> Grid:
+    """Read a file with one row per (seed, id) as arrays; columns starting with ``prefix`` are read as well. With
+    ``where`` only the rows count that have these values in these columns.
 
     Raises:
         InputError: a seed or column is missing, a pair comes twice, or the seeds do not have the same ids.
     """
-    rows = read_rows(path, ("id", "seed", *columns), writer)
+    where = where or {}
+    rows = read_rows(path, ("id", "seed", *where, *columns), writer)
     names = [*columns, *(key for key in rows[0] if prefix and key.startswith(prefix))]
     cells: dict[tuple[int, str], list[float]] = {}
     for line, row in enumerate(rows, start=2):
+        if any(row[name] != value for name, value in where.items()):
+            continue
         key = (_seed(row["seed"], path, line), row["id"])
         if key in cells:
             raise InputError(f"{path}:{line}: seed {key[0]}, id {key[1]!r} comes twice; run {writer} again")
         cells[key] = [_bool_or_number(row[name], path, line, name) for name in names]
-    check_seeds({seed for seed, _ in cells}, seeds, str(path), writer)
+    which = f" ({', '.join(where.values())})" if where else ""
+    check_seeds({seed for seed, _ in cells}, seeds, f"{path}{which}", writer)
     return _grid(cells, seeds, names, path, writer)
 
 
@@ -141,7 +152,7 @@ def read_variant(profile: Profile, study: str, variant: str) -> Grid:
     return read_grid(path, profile.seeds, JUDGED_COLUMNS[2:], f"the stage that judges study `{study}`", "reward_")
 
 
-def same_items(grids: Mapping[K, Grid], path: Callable[[K], Path]) -> None:
+def same_items(grids: dict[str, Grid], path: Callable[[str], Path | str]) -> None:
     """Raise InputError, naming the file by ``path``, unless all have the prompts of the first, in whatever order."""
     first = next(iter(grids))
     for name, grid in grids.items():
@@ -188,6 +199,12 @@ def read_reward_models(profile: Profile, required: list[str], name: str = "rewar
             if name == model
         }
     return models
+
+
+def read_reward_pairs(profile: Profile, model: str, metric: str) -> Grid:
+    """Whether a reward model ranks each held-out pair rightly (1, a tie 0.5, else 0); the column is ``correct``."""
+    path, writer = metrics_path(profile, "reward_pairs.csv"), "the stage that evaluates the reward models"
+    return read_grid(path, profile.seeds, ("correct",), writer, where={"model": model, "metric": metric})
 
 
 def read_budgets(profile: Profile, methods: list[str]) -> PerSeed:

@@ -476,11 +476,12 @@ def _difference(table: str, method: str, other: str, grids: dict[str, Grid], met
     return _cell(table, method, metric or f"difference_to_{other}", interval[:3], grids[method].seeds)
 
 
-def paired_wins(ours: Grid, theirs: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Wins of two methods in percent, shape [seeds, prompts] each, with the same seed and prompt in the same place."""
+def paired_wins(ours: Grid, theirs: Grid, column: str = "win") -> tuple[np.ndarray, np.ndarray]:
+    """Wins (or another share) of two methods in percent, shape [seeds, prompts] each, with the same seed and prompt in
+    the same place."""
     # The files may list the prompts in different orders.
     place = {item: index for index, item in enumerate(theirs.items)}
-    return PERCENT * ours.values["win"], PERCENT * theirs.values["win"][:, [place[item] for item in ours.items]]
+    return PERCENT * ours.values[column], PERCENT * theirs.values[column][:, [place[item] for item in ours.items]]
 
 
 def _over_seeds(

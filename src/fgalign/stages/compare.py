@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 from fgalign.config import Profile
 from fgalign.errors import InputError
+from fgalign.evaluation.config import EvaluationConfig
 from fgalign.evaluation.judges import Judge
 from fgalign.evaluation.truth import read_truth
 from fgalign.io import write_csv
 from fgalign.schema import CurveSample, read_records
-from fgalign.stages.evaluate import Answerer, EvaluationConfig, split_references
+from fgalign.stages.evaluate import Answerer, split_references
 from fgalign.study import candidates, get_study, metrics_folder, search_section
 from fgalign.tracking import track
 

@@ -1,0 +1,30 @@
+"""The section of a profile that says how models are evaluated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from fgalign.config import Section
+
+REWARD_MODELS = ("rm_preference", "rm_edit", "rm_token")
+"""Those that every policy's answers are scored with."""
+
+
+class EvaluationConfig(Section):
+    """How methods are compared: sampling, the judge, how many examples are shown."""
+
+    judge: str
+    judge_options: dict[str, Any] = Field(default_factory=dict)
+    """Of a judge that has options (``llm``, ``reward_model``)."""
+    temperature: float = 1.0
+    response_length: int = 48
+    batch_size: int = 100
+    prompts: int | None = None
+    """The first so many test prompts (None: all)."""
+    pairs: int | None = None
+    """The first so many test preferences and test edits for the reward models (None: all)."""
+    examples: int = 4
+    seed: int = 0
+    """Of sampling; added to a method's seed."""
