@@ -135,17 +135,25 @@ def test_figa_main_columns(profile):
 def test_reward_models_by_hand(profile):
     made_up.write_reward_models(profile)
     path = profile.results / "metrics" / "reward_models.csv"
-    rows = [[model, "accuracy_edit", seed, value] for model in ("rm_preference", "rm_edit", "rm_token")
-            for seed, value in zip((1, 2, 3), (0.7, 0.8, 0.9), strict=True)]  # fmt: skip
+    models = ("rm_preference", "rm_edit", "rm_token")
+    rows = [[model, "accuracy_edit", seed, 0.75] for model in models for seed in (1, 2, 3)]
+    rows += [["rm_token", "token_recall", seed, value] for seed, value in ((1, 0.7), (2, 0.8), (3, 0.9))]
     rows += [["rm_token", "token_auroc", seed, 0.9] for seed in (1, 2, 3)]
     made_up.write_csv(path, "model,metric,seed,value", rows)
+    pairs = {(model, "accuracy_edit"): [[1, 1, 1, 0]] * 3 for model in models}
+    made_up.write_reward_pairs(profile, pairs)
     cells = cells_of(profile, "xu_reward_models")
-    cell = cells["rm_edit", "accuracy_edit"]
+    recall = cells["rm_token", "token_recall"]
     # Mean 80%, standard deviation 10 points, t(0.975, 2) = 4.3027: half width 4.3027 * 10 / sqrt(3) = 24.84, and
     # 80 + 24.84 is cut to 100.
-    assert (cell.mean, cell.high) == (80.0, 100.0)
-    assert cell.low == pytest.approx(80 - 4.302653 * 10 / 3**0.5, abs=1e-4)
+    assert (recall.mean, recall.high) == (80.0, 100.0)
+    assert recall.low == pytest.approx(80 - 4.302653 * 10 / 3**0.5, abs=1e-4)
     assert cells["rm_token", "token_auroc"].mean == 0.9
+    # Three of four pairs, the same at every seed: the variance is the pairs', 25 over 4 pairs in 100ths, so the half
+    # width is t(0.975, 3) = 3.1824 times 25 points.
+    accuracy = cells["rm_edit", "accuracy_edit"]
+    assert (accuracy.mean, accuracy.high) == (75.0, 100.0)
+    assert accuracy.low == pytest.approx(max(0.0, 75 - 3.182446 * 25), abs=1e-4)
 
 
 def test_figa_data_by_hand(profile):
@@ -369,7 +377,7 @@ def test_one_seed_has_no_interval_over_seeds(tmp_path):
     profile = made_up.write_profile(tmp_path)
     profile.params["seeds"] = [7]
     made_up.write_reward_models(profile)
-    cell = cells_of(profile, "xu_reward_models")["rm_edit", "accuracy_edit"]
+    cell = cells_of(profile, "xu_reward_models")["rm_token", "token_recall"]
     assert (cell.low, cell.high, cell.seeds) == (None, None, (7,))
 
 
@@ -835,11 +843,13 @@ def test_settings_by_use(tmp_path):
         "b": {"kind": "y", "n": 4},
     }
     params = {"seeds": [1], "runtime": {}, "methods": methods, "search": {"seed": 1}, "source": {"seed": 0}}
+    params["evaluation"] = {"judge": "j"}
     paths = write_settings(Profile("mini", tmp_path, params, tmp_path / "params.yaml"))
-    settings, recipe, search = (json.loads(path.read_text()) for path in paths)
+    evaluation, settings, recipe, search = (json.loads(path.read_text()) for path in paths)
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
-        "data/mini/settings.json", "data/mini/recipe.json", "data/mini/search.json",
-    ]  # fmt: skip
+        f"data/mini/{name}.json" for name in ("evaluation", "settings", "recipe", "search")
+    ]
+    assert evaluation == {"evaluation": {"judge": "j"}, "seeds": [1], "runtime": {}}
     assert settings == {"seeds": [1], "methods": methods, "search": {"seed": 1}}
     assert recipe == params
     # What the search is to choose is not in what it starts from; its grid is.

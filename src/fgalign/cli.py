@@ -293,7 +293,7 @@ def benchmark(profile: ProfileOption = None) -> None:
 
 @app.command()
 def settings(profile: ProfileOption = None) -> None:
-    """The profile's settings by use: data/<profile>/settings.json, recipe.json and search.json."""
+    """The profile's settings by use: evaluation.json, settings.json, recipe.json and search.json."""
     with stage(profile, "settings", tracked=False) as current:
         from fgalign.report.settings import write_settings
 

@@ -162,7 +162,7 @@ atexit.register(stop)
 def _open(profile: Profile, stage: str, seed: int | None, params: Mapping[str, Any]) -> Run:
     start()
     writer = _writer
-    if writer is None or not is_main_process():
+    if writer is None:
         return Run()
     name = f"{os.getpid()}-{next(_numbers)}"
 

@@ -12,19 +12,28 @@ from fgalign.study import searched_keys
 
 SHOWN = ("seeds", "report", "methods", "token_models", "studies", "sweeps", "search")
 """Sections of a profile that tables and figures read: seeds, titles, which rows there are."""
+EVALUATED = ("evaluation", "seeds", "runtime")
+"""Sections that sampling and judging read. A file of their own: so many stages sample and judge that parsing the whole
+profile for each was a tenth of what `dvc repro` takes when nothing has changed."""
 SEARCHED = ("runtime", "methods", "search")
 """Sections that the hyperparameter search reads."""
 
 
 def write_settings(profile: Profile) -> list[Path]:
-    """Write into ``data/<profile>``: ``settings.json``, what tables and figures show; ``recipe.json``, everything, for
-    the paper and the index; ``search.json``, what the hyperparameter search starts from, without the values that it is
-    to choose: entering its choice does not make it run again. Returns their paths."""
+    """Write into ``data/<profile>``: ``evaluation.json``, what answers are sampled and judged with; ``settings.json``,
+    what tables and figures show; ``recipe.json``, everything, for the paper and the index; ``search.json``, what the
+    hyperparameter search starts from, without the values that it is to choose: entering its choice does not make it run
+    again. Returns their paths."""
     params = profile.params
+
+    def sections(names: tuple[str, ...]) -> dict[str, Any]:
+        return {key: params[key] for key in names if key in params}
+
     contents = {
-        "settings": {key: params[key] for key in SHOWN if key in params},
+        "evaluation": sections(EVALUATED),
+        "settings": sections(SHOWN),
         "recipe": params,
-        "search": without_choices({key: params[key] for key in SEARCHED if key in params}),
+        "search": without_choices(sections(SEARCHED)),
     }
     for name, content in contents.items():
         write_json(profile.data / f"{name}.json", content)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 PERCENT = 100.0
 UNIT_RANGE = (0.0, 1.0)
 # Metrics of reward_models.csv that are shares (0 to 1) and are shown in percent.
-SHARES = ("accuracy_preference", "accuracy_edit", "token_precision", "token_recall")
+PAIR_SHARES = ("accuracy_preference", "accuracy_edit")
+SHARES = (*PAIR_SHARES, "token_precision", "token_recall")
 
 
 QUALITY, BUDGETS = "Quality", "Budget and tasks"
@@ -228,8 +229,15 @@ def credit(profile: Profile) -> list[Cell]:
 
 def xu_reward_models(profile: Profile) -> list[Cell]:
     """Accuracy of each reward model on held-out pairs, and of the token models on single tokens."""
+    name = "xu_reward_models"
     models = inputs.read_reward_models(profile, report_config(profile).reward_models)
-    return _model_cells("xu_reward_models", profile, models)
+    cells = []
+    for cell in _model_cells(name, profile, models):
+        if cell.metric in PAIR_SHARES:
+            grid = inputs.read_reward_pairs(profile, cell.method, cell.metric)
+            cell = _crossed(name, cell.method, cell.metric, grid, "correct", PERCENT, UNIT_RANGE)
+        cells.append(cell)
+    return cells
 
 
 def xu_efficiency(profile: Profile) -> list[Cell]:
@@ -345,7 +353,11 @@ TABLES: dict[str, Table] = {
     "figa_data_ablation": _study("figa_data_ablation", "FIGA's data ablation"),
     "figa_sweeps": _study("figa_sweeps", "FIGA's weights and threshold"),
     "figa_filter": _study("figa_filter", "FIGA's filter and data size"),
-    "xu_reward_models": Table("Reward models", xu_reward_models, _one_file("reward_models.csv")),
+    "xu_reward_models": Table(
+        "Reward models",
+        xu_reward_models,
+        lambda profile, row: [metrics_path(profile, f"{name}.csv") for name in ("reward_models", "reward_pairs")],
+    ),
     "xu_token_models": Table("Token-level reward models", xu_token_models, _one_file("token_models.csv"), core=False),
     "xu_win_rate": Table("Win rate of PPO three ways", xu_win_rate, _judged_file),
     "xu_extensions": Table("Other rewards and advantages", xu_extensions, _judged_file),
