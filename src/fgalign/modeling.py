@@ -15,7 +15,7 @@ from fgalign.config import Section
 from fgalign.errors import InputError
 from fgalign.parallel import can_fork, cores, process_count
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _KEPT = 256 * 2**20
 
 
@@ -71,8 +71,10 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # Trimming less without mapping less would map every large block anew.
-    return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT)) and bool(mallopt(_M_TRIM_THRESHOLD, 4 * _KEPT))
+    # In this order: trimming less without mapping less would map every large block anew. Room at the top lets a block
+    # that is a little too large for the freed one grow into it.
+    wanted = ((_M_MMAP_THRESHOLD, _KEPT), (_M_TRIM_THRESHOLD, 4 * _KEPT), (_M_TOP_PAD, _KEPT // 2))
+    return all(mallopt(name, value) for name, value in wanted)
 
 
 def use_bf16(config: RuntimeConfig, device: torch.device) -> bool:
