@@ -514,6 +514,28 @@ def test_the_grid_of_the_search_is_a_product_in_the_order_of_the_profile(known_w
         search_section(replace(known_world, params={**known_world.params, "search": {"seed": 9}}))
 
 
+def test_methods_that_differ_in_one_thing_share_what_the_search_chooses(known_world) -> None:
+    from dataclasses import replace
+
+    from fgalign.errors import ConfigError
+    from fgalign.study import choose, search_section
+
+    wins = {"a": [0.3, 0.2, 0.1], "b": [0.1, 0.4, 0.2], "c": [0.5, 0.5, 0.4]}
+    # Alone: the highest, of equals the first. Together: means 0.2, 0.3, 0.15.
+    assert choose(wins) == {"a": 0, "b": 1, "c": 0}
+    assert choose(wins, [["a", "b"]]) == {"a": 1, "b": 1, "c": 0}
+
+    def together(group: list[str]):
+        methods = {"a": {"search": {"x": [1]}}, "b": {"search": {"x": [1]}}, "c": {"search": {"x": [2]}}}
+        search = {"seed": 1, "together": [group]}
+        return search_section(replace(known_world, params={"seeds": [1], "methods": methods, "search": search}))
+
+    assert together(["a", "b"]).together == [["a", "b"]]
+    for group in (["a", "c"], ["a", "d"]):
+        with pytest.raises(ConfigError, match=rf"search.together: expected methods with the same .*'{group[1]}' has"):
+            together(group)
+
+
 def test_the_profile_uses_what_the_search_chose() -> None:
     from fgalign.config import load_profile
     from fgalign.study import candidates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class SearchSection(Section):
 
     seed: int
     """One of the profile's seeds; its SFT and reward models are the start."""
+    together: list[list[str]] = Field(default_factory=list)
+    """Groups of methods that are compared for one difference alone, and so share one choice (``choose``)."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,21 @@ def get_study(profile: Profile, name: str) -> Study:
 
 
 def search_section(profile: Profile) -> SearchSection:
-    """The ``search`` section; ConfigError unless its seed is one of the profile's."""
+    """The ``search`` section; ConfigError unless its seed is one of the profile's, and the methods of each group of
+    ``together`` have the same grid."""
     config = profile.section("search", SearchSection)
     if config.seed not in profile.seeds:
         raise ConfigError(
             f"{profile.file}: search.seed: expected one of the seeds {profile.seeds}, found {config.seed}"
         )
+    methods = profile.params.get("methods", {})
+    for group in config.together:
+        for method in group:
+            if method not in methods or searched_keys(methods[method]) != searched_keys(methods[group[0]]):
+                raise ConfigError(
+                    f"{profile.file}: search.together: expected methods with the same `search` grid, found {group}; "
+                    f"{method!r} has another or is no method"
+                )
     return config
 
 
@@ -117,6 +129,22 @@ def candidates(profile: Profile) -> list[Candidate]:
     if not found:
         raise ConfigError(f"{profile.file}: methods: no method has a `search` grid")
     return found
+
+
+def choose(wins: dict[str, list[float]], together: Sequence[Sequence[str]] = ()) -> dict[str, int]:
+    """The number of each method's candidate with the highest win rate, the first of equals; methods of one group share
+    the candidate with the highest mean over them.
+
+    Args:
+        wins: of each method, the win rate of every candidate in their order.
+        together: groups of methods with the same grid; a method that is in none is a group by itself.
+    """
+    grouped = {method for group in together for method in group}
+    chosen = {}
+    for group in [*together, *([method] for method in wins if method not in grouped)]:
+        means = [sum(values) / len(group) for values in zip(*(wins[method] for method in group), strict=True)]
+        chosen |= dict.fromkeys(group, means.index(max(means)))
+    return chosen
 
 
 def edits_file(profile: Profile, study: str, variant: str) -> Path:

@@ -15,7 +15,7 @@ from fgalign.evaluation.truth import read_truth
 from fgalign.io import write_csv
 from fgalign.schema import CurveSample, read_records
 from fgalign.stages.evaluate import Answerer, split_references
-from fgalign.study import candidates, get_study, metrics_folder, search_section
+from fgalign.study import candidates, choose, get_study, metrics_folder, search_section
 from fgalign.tracking import track
 
 T = TypeVar("T", bound=Hashable)
@@ -38,11 +38,12 @@ def run_judge_study(profile: Profile, name: str) -> None:
 
 
 def run_choose_search(profile: Profile) -> None:
-    """choose_search: every candidate answers the validation prompts; the one that wins most often is chosen (of equals
-    the first); ``search.csv``."""
+    """choose_search: every candidate answers the validation prompts; the one that wins most often is chosen
+    (``study.choose``); ``search.csv``."""
     from fgalign.evaluation.statistics import crossed_interval
 
-    seed = search_section(profile).seed
+    config = search_section(profile)
+    seed = config.seed
     grid = candidates(profile)
     folder = profile.data / "search"
     places = [(candidate.method, candidate.number) for candidate in grid]
@@ -52,11 +53,10 @@ def run_choose_search(profile: Profile) -> None:
         places,
         lambda place: (folder / place[0] / str(place[1]), seed, f"search/{place[0]}/{place[1]}"),
     )
-    best: dict[str, tuple[float, int]] = {}
-    for method, number in places:
-        win = _mean(judged[method, number], "win")
-        if method not in best or win > best[method][0]:
-            best[method] = (win, number)
+    wins: dict[str, list[float]] = {}
+    for place in places:
+        wins.setdefault(place[0], []).append(_mean(judged[place], "win"))
+    best = choose(wins, config.together)
     table = []
     for candidate in grid:
         rows = judged[candidate.method, candidate.number]
@@ -69,11 +69,11 @@ def run_choose_search(profile: Profile) -> None:
                 "win": round(interval.mean, 6),
                 "win_low": round(interval.low, 6),
                 "win_high": round(interval.high, 6),
-                "chosen": int(best[candidate.method][1] == candidate.number),
+                "chosen": int(best[candidate.method] == candidate.number),
             }
         )
     with track(profile, "choose_search", None, {}) as run:
-        run.log({f"{method}/win": win for method, (win, _) in best.items()})
+        run.log({f"{method}/win": wins[method][number] for method, number in best.items()})
     write_csv(profile.sweeps / "metrics" / "search.csv", table)
 
 
