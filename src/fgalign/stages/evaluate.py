@@ -38,8 +38,8 @@ def run_generate(profile: Profile, method: str) -> None:
 class Answerer:
     """Lets policies answer the prompts of ``references`` (the first ``evaluation.prompts`` of them).
 
-    Each answer comes with its KL to the SFT policy of the same seed and its score under the three reward models of the
-    same seed. The random numbers are those of the seed, whichever the policy.
+    Each answer comes with its KL to the SFT policy of the same seed, both at the sampling temperature, and its score
+    under the three reward models of the same seed. The random numbers are those of the seed, whichever the policy.
     """
 
     def __init__(self, profile: Profile, references: Sequence[Reference]) -> None:
@@ -77,6 +77,8 @@ class Answerer:
         if decoding.reward is not None:
             chooser = load_reward(decoding.reward, profile.model_folder(decoding.reward, seed), device)
         generator = torch.Generator().manual_seed(config.seed + seed)
+        # The KL is that between the distributions as they are sampled; greedy ones would have none.
+        warmth = config.temperature or 1.0
         samples: list[Sample] = []
         with (
             progress(len(self.prompts) * decoding.best_of, f"{title} seed {seed}", "answer") as bar,
@@ -103,7 +105,7 @@ class Answerer:
                 seen = rollout
                 if prefix:
                     seen = with_prompts(rollout, [[*next(prompts), *prefix] for _ in mask], tokenizer.pad_token_id)
-                ratios = response_logps(policy, seen) - response_logps(reference, rollout)
+                ratios = response_logps(policy, seen, warmth) - response_logps(reference, rollout, warmth)
                 kl = (masked_sum(ratios, mask, 1) + best_of_n_kl(decoding.best_of)).tolist()
                 scores = {name: response_scores(reward(rollout), mask).tolist() for name, reward in rewards.items()}
                 for row, ids in enumerate(rollout.response_lists()):
