@@ -213,8 +213,8 @@ def answer(tmp_path, make_model, tokenizer):
     return run
 
 
-def logp(model, prompt, response):
-    logits = model(input_ids=tensor([prompt + response])).logits[0].double().log_softmax(-1)
+def logp(model, prompt, response, temperature):
+    logits = (model(input_ids=tensor([prompt + response])).logits[0].double() / temperature).log_softmax(-1)
     return sum(logits[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
 
 
@@ -226,17 +226,21 @@ def plain(answer, tokenizer, prefix=""):
     prompts = [encode_prompt(tokenizer, record.prompt) for record in REFERENCES]
     seen = [encode_prefixed(tokenizer, record.prompt, prefix) for record in REFERENCES]
     block = uniforms(5, 8, torch.Generator().manual_seed(5))  # seed 1 and evaluation.seed 4
-    batches = sample_all(policy, seen, block, batch_size=2, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    temperature = answer.profile.params["evaluation"].get("temperature", 1.0)
+    batches = sample_all(
+        policy, seen, block, batch_size=2, eos_token_id=tokenizer.eos_token_id, pad_token_id=0, temperature=temperature
+    )
     responses = [ids for rollout in batches for ids in rollout.response_lists()]
     kl = [
-        logp(policy, with_prefix, ids) - logp(sft, without, ids)
+        logp(policy, with_prefix, ids, temperature) - logp(sft, without, ids, temperature)
         for with_prefix, without, ids in zip(seen, prompts, responses, strict=True)
     ]
     return responses, kl
 
 
-@pytest.mark.parametrize("prefix", ["", "here is the answer: "])
-def test_answers_of_one_draw(answer, tokenizer, prefix):
+@pytest.mark.parametrize(("prefix", "temperature"), [("", 1.0), ("here is the answer: ", 1.0), ("", 0.5)])
+def test_answers_of_one_draw(answer, tokenizer, prefix, temperature):
+    answer.profile.params["evaluation"]["temperature"] = temperature
     samples = answer(Decoding(prefix=prefix) if prefix else None)
     responses, kl = plain(answer, tokenizer, prefix)
     assert [sample.response for sample in samples] == [decode_response(tokenizer, ids) for ids in responses]
