@@ -840,7 +840,7 @@ def test_settings_by_use(tmp_path):
 
     methods = {
         "a": {"kind": "x", "optim": {"learning_rate": 1, "epochs": 2}, "search": {"optim.learning_rate": [1, 2]}},
-        "b": {"kind": "y", "n": 4},
+        "b": {"kind": "y", "n": 4, "curve": {"every": 2}},
     }
     params = {"seeds": [1], "runtime": {}, "methods": methods, "search": {"seed": 1}, "source": {"seed": 0}}
     params["evaluation"] = {"judge": "j"}
@@ -857,5 +857,5 @@ def test_settings_by_use(tmp_path):
         "kind": "x", "optim": {"epochs": 2}, "search": {"optim.learning_rate": [1, 2]},
     }  # fmt: skip
     assert search == {"runtime": {}, "search": {"seed": 1}, "methods": search["methods"]}
-    assert search["methods"]["b"] == methods["b"]
+    assert search["methods"]["b"] == {"kind": "y", "n": 4}
     assert params["methods"]["a"]["optim"]["learning_rate"] == 1  # the profile itself keeps it

@@ -41,9 +41,11 @@ def write_settings(profile: Profile) -> list[Path]:
 
 
 def without_choices(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters without those values that a method's ``search`` grid replaces."""
+    """The parameters without those values that a method's ``search`` grid replaces, and without learning curves, which
+    the search does not record."""
     params = deepcopy(params)
     for entry in params.get("methods", {}).values():
+        entry.pop("curve", None)
         for dotted in searched_keys(entry):
             *path, last = dotted.split(".")
             section = entry

@@ -82,7 +82,10 @@ def run_search(profile: Profile) -> None:
             title = f"search/{candidate.method}/{candidate.number}"
             with track(profile, title, config.seed, candidate.changes) as run:
                 context = Context(profile, title, config.seed, device, runtime, out, run)
-                align(context, candidate.method, candidate.changes)
+                # A candidate is judged by its answers when it is trained: it needs no learning curve.
+                entry = profile.params["methods"][candidate.method]
+                no_curve = {"curve.prompts": 0} if "curve" in entry else {}
+                align(context, candidate.method, {**candidate.changes, **no_curve})
 
         each_seed(candidates(profile), one, seed_workers(runtime, device))
 
