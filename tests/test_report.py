@@ -140,7 +140,7 @@ def test_reward_models_by_hand(profile):
     rows += [["rm_token", "token_recall", seed, value] for seed, value in ((1, 0.7), (2, 0.8), (3, 0.9))]
     rows += [["rm_token", "token_auroc", seed, 0.9] for seed in (1, 2, 3)]
     made_up.write_csv(path, "model,metric,seed,value", rows)
-    pairs = {(model, "accuracy_edit"): [[1, 1, 1, 0]] * 3 for model in models}
+    pairs = {(model, "accuracy_edit"): [[1] * 12 + [0] * 4] * 3 for model in models}
     made_up.write_reward_pairs(profile, pairs)
     cells = cells_of(profile, "xu_reward_models")
     recall = cells["rm_token", "token_recall"]
@@ -149,11 +149,12 @@ def test_reward_models_by_hand(profile):
     assert (recall.mean, recall.high) == (80.0, 100.0)
     assert recall.low == pytest.approx(80 - 4.302653 * 10 / 3**0.5, abs=1e-4)
     assert cells["rm_token", "token_auroc"].mean == 0.9
-    # Three of four pairs, the same at every seed: the variance is the pairs', 25 over 4 pairs in 100ths, so the half
-    # width is t(0.975, 3) = 3.1824 times 25 points.
+    # 12 of 16 pairs, the same at every seed, so all variance is the pairs': 0.75 * 0.25 * 16 / 15 = 0.2 of one pair,
+    # 0.0125 of the mean of 16; the half width is t(0.975, 15) = 2.131450 times its root.
     accuracy = cells["rm_edit", "accuracy_edit"]
-    assert (accuracy.mean, accuracy.high) == (75.0, 100.0)
-    assert accuracy.low == pytest.approx(max(0.0, 75 - 3.182446 * 25), abs=1e-4)
+    assert accuracy.mean == 75.0
+    assert accuracy.low == pytest.approx(75 - 213.1450 * 0.0125**0.5, abs=1e-3)
+    assert accuracy.high == pytest.approx(75 + 213.1450 * 0.0125**0.5, abs=1e-3)
 
 
 def test_figa_data_by_hand(profile):
