@@ -88,11 +88,11 @@ from fgalign.modeling import keep_freed_memory
 assert keep_freed_memory()
 torch.set_num_threads(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(12):
+for _ in range(48):
     torch.ones(16 * 2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # 64 MiB are 16,384 pages, which glibc by itself would map anew for each of the 12 tensors. Kept, they serve again
-    # once there is room for two.
-    assert int(found.stdout) < 6 * 16_384
+    # 64 MiB are 16,384 pages, which glibc by itself would map anew for each of the 48 tensors. Kept, they serve again
+    # once there is room for a few: how many depends on where the heap lies.
+    assert int(found.stdout) < 24 * 16_384
