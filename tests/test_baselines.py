@@ -12,13 +12,13 @@ from torch import tensor
 from fgalign import training
 from fgalign.config import ConfigError, Profile, Section, parse_section
 from fgalign.context import Context
+from fgalign.core.modeling import RuntimeConfig, load_causal_lm, save_model, set_up
+from fgalign.core.raw_data import RawData, RawSplit, Truth, write_raw
+from fgalign.core.schema import SPLITS, Demonstration, Edit, Preference, Prompt, write_records
+from fgalign.core.tokens import encode_prompt, encode_response
 from fgalign.errors import InputError, TrainingError
 from fgalign.labels import LabelConfig, label_edits
 from fgalign.methods import METHODS, best_of_n, coh, dpo, expert_iteration, figa, get_method, rrhf, supervised
-from fgalign.modeling import RuntimeConfig, load_causal_lm, save_model, set_up
-from fgalign.raw_data import RawData, RawSplit, Truth, write_raw
-from fgalign.schema import SPLITS, Demonstration, Edit, Preference, Prompt, write_records
-from fgalign.tokens import encode_prompt, encode_response
 from fgalign.tracking import Run
 from fgalign.training import OptimConfig, ProgressCallback, decay
 
@@ -425,9 +425,9 @@ def rounds(monkeypatch, make_model, tokenizer):
 
 def best_responses(context, model, generator):
     """Of three draws a prompt the complete one with the highest reward, worked out plainly; and all tokens drawn."""
+    from fgalign.core.rollout import sample_all, uniforms
     from fgalign.rewards import load_reward
     from fgalign.rewards.scoring import score_responses
-    from fgalign.rollout import sample_all, uniforms
 
     tokenizer, prompts = context.tokenizer, [encode_prompt(context.tokenizer, record.prompt) for record in RECORDS]
     reward = load_reward("rm_preference", context.model("rm_preference"), "cpu")

@@ -22,16 +22,16 @@ from fgalign.benchmarks.harness import TASK_FILES, ChatLM, TaskManager, run_task
 from fgalign.benchmarks.items import ChoiceItem, PairItem, build_items, item_kind, stereotype_metrics
 from fgalign.benchmarks.world import GRAND_KINDS, PLAIN_KINDS, bias, knowledge, truthfulness
 from fgalign.config import Profile, load_profile
+from fgalign.core.modeling import save_model
+from fgalign.core.raw_data import RawData, RawSplit, Truth, read_split, write_raw
+from fgalign.core.schema import SPLITS, Demonstration, Edit, Preference, Prompt, Record, read_records, write_records
+from fgalign.core.tokens import encode_prompt
 from fgalign.decoding import Decoding, write_decoding
 from fgalign.errors import ConfigError, InputError, RecordError
-from fgalign.modeling import save_model
-from fgalign.raw_data import RawData, RawSplit, Truth, read_split, write_raw
-from fgalign.schema import SPLITS, Demonstration, Edit, Preference, Prompt, Record, read_records, write_records
 from fgalign.sources.simulator import SimulatorConfig, build
 from fgalign.sources.simulator.gold import gold_score, parse_answer
 from fgalign.sources.simulator.world import Brief, parse_prompt
 from fgalign.stages.benchmarks import run_benchmark, run_benchmark_items
-from fgalign.tokens import encode_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = list(LOCAL_TASKS["simulator"])

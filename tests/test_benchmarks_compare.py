@@ -134,8 +134,8 @@ def test_processor_seconds_replace_wall_time(compare):
 def test_sft_sees_the_sequences_of_figa_in_the_same_batches(compare):
     from speed.pairs import PairWorkload, labelled_pairs, supervised_rows
 
+    from fgalign.core.tensor_ops import pad
     from fgalign.methods.figa import FIGACollator
-    from fgalign.tensor_ops import pad
 
     workload = PairWorkload(pairs=5, batch=2, prompt_length=3, shortest=4, longest=9, edited=0.5, vocab_size=20)
     pairs = labelled_pairs(workload, 1)

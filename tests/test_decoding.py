@@ -9,6 +9,10 @@ import torch
 from torch import tensor
 
 from fgalign.config import ConfigError, Profile, parse_section
+from fgalign.core.modeling import save_model
+from fgalign.core.rollout import Rollout, sample_all, uniforms
+from fgalign.core.schema import Reference
+from fgalign.core.tokens import decode_response, encode_prompt
 from fgalign.decoding import (
     Decoding,
     best_of_n_kl,
@@ -19,10 +23,6 @@ from fgalign.decoding import (
     with_prompts,
     write_decoding,
 )
-from fgalign.modeling import save_model
-from fgalign.rollout import Rollout, sample_all, uniforms
-from fgalign.schema import Reference
-from fgalign.tokens import decode_response, encode_prompt
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15]]
 SETTINGS = {"batch_size": 2, "eos_token_id": 1, "pad_token_id": 0}
@@ -184,7 +184,7 @@ REFERENCES = [
 def answer(tmp_path, make_model, tokenizer):
     """``answer(decoding)``: the answers of a policy with that decoding (None: without a file), and all models."""
     from fgalign.evaluation.config import REWARD_MODELS
-    from fgalign.stages.evaluate import Answerer
+    from fgalign.stages.generate import Answerer
 
     settings = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     params = {
@@ -220,7 +220,7 @@ def logp(model, prompt, response, temperature):
 
 def plain(answer, tokenizer, prefix=""):
     """What the policy samples with the evaluation's random numbers: token ids, and their KL terms one by one."""
-    from fgalign.modeling import load_causal_lm
+    from fgalign.core.modeling import load_causal_lm
 
     policy, sft = (load_causal_lm(answer.profile.model_folder(name, 1)).eval() for name in ("mine", "sft"))
     prompts = [encode_prompt(tokenizer, record.prompt) for record in REFERENCES]

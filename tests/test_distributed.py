@@ -22,11 +22,11 @@ import yaml
 from safetensors.torch import load_file
 
 from fgalign.config import Profile
+from fgalign.core.modeling import is_sharded
+from fgalign.core.rollout import Rollout, concatenate
 from fgalign.distributed import by_rows, check_supported, in_batches
 from fgalign.errors import ConfigError, InputError
-from fgalign.modeling import is_sharded
 from fgalign.parallel import each_seed, is_main_process, output_dir, process_count
-from fgalign.rollout import Rollout, concatenate
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "reproduce" / "accelerate"
@@ -306,8 +306,8 @@ def test_expert_iteration_refuses_to_be_launched(monkeypatch) -> None:
 
 def test_a_base_model_without_a_chat_template_gets_the_profiles(tmp_path, make_model, tokenizer) -> None:
     from fgalign.base_model import PretrainedConfig, build_pretrained
-    from fgalign.modeling import load_tokenizer, save_model
-    from fgalign.tokens import encode_prompt
+    from fgalign.core.modeling import load_tokenizer, save_model
+    from fgalign.core.tokens import encode_prompt
 
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
@@ -326,7 +326,7 @@ def test_rows_in_batches() -> None:
 
 
 def rollout(prompts: list[list[int]], responses: list[list[int]]) -> Rollout:
-    from fgalign.rollout import as_rollout
+    from fgalign.core.rollout import as_rollout
 
     return as_rollout(prompts, responses, 0, "cpu")
 

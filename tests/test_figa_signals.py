@@ -10,14 +10,14 @@ from torch import tensor
 
 from fgalign.config import Profile, parse_section
 from fgalign.context import Context
+from fgalign.core.modeling import RuntimeConfig
+from fgalign.core.schema import Demonstration, Edit, Prompt, write_records
+from fgalign.core.tokens import encode_response, token_texts
 from fgalign.errors import ConfigError, InputError, TrainingError
 from fgalign.labels import LabelConfig, label_bag_of_words, label_by_unit, label_edit, label_edits
 from fgalign.losses.figa import difference_scales, figa_loss, scored_labels
 from fgalign.methods import figa
 from fgalign.methods.figa import Config, FIGACollator, chosen_pairs, reference_pairs, training_rows
-from fgalign.modeling import RuntimeConfig
-from fgalign.schema import Demonstration, Edit, Prompt, write_records
-from fgalign.tokens import encode_response, token_texts
 
 EDITS = [
     ("where is the cat?", "the cat sat on the log", "the cat sat on the mat"),
@@ -200,7 +200,7 @@ def test_rows_by_reward_difference(context, tokenizer):
 
 def test_rows_by_reward_model(context, tokenizer):
     """Weights are alpha max(r, 0) and -beta max(-r, 0) with the rewards of the model on disk, computed pair by pair."""
-    from fgalign.modeling import load_token_reward_model
+    from fgalign.core.modeling import load_token_reward_model
 
     pairs = context.labelled("train")
     rows = training_rows(pairs, None, context, config(signal="reward_model", scorer="rm_token", score_batch_size=3))

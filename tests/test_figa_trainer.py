@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import tensor
 
+from fgalign.core.schema import Edit
+from fgalign.core.tensor_ops import token_logps
 from fgalign.errors import ConfigError, TrainingError
 from fgalign.labels import LabelConfig, label_edits
 from fgalign.losses.figa import figa_loss
 from fgalign.methods.figa import FIGACollator, FIGAConfig, FIGATrainer, FilterConfig, keep_pairs
-from fgalign.schema import Edit
-from fgalign.tensor_ops import token_logps
 
 EDITS = [
     ("where is the cat?", "the cat sat on the log", "the cat sat on the mat"),
@@ -244,7 +244,7 @@ def test_same_seed_same_model(make_trainer):
 def test_lora(make_trainer, tmp_path, tokenizer):
     from peft import LoraConfig
 
-    from fgalign.modeling import load_causal_lm, save_model
+    from fgalign.core.modeling import load_causal_lm, save_model
 
     trainer = make_trainer(
         peft_config=LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM"), max_steps=3

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import tensor
 
+from fgalign.core.rollout import Rollout
 from fgalign.errors import ConfigError
 from fgalign.losses.ppo import group_advantages
 from fgalign.ppo_trainer import GLOSSARY, FineGrainedPPOConfig, FineGrainedPPOTrainer
-from fgalign.rollout import Rollout
 
 WANTED = 7
 PROMPTS = [[2 + (3 * n + k) % 28 for k in range(1 + n % 4)] for n in range(6)]

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from fgalign.config import Profile, parse_section
+from fgalign.core.raw_data import RawData, read_split
+from fgalign.core.schema import SPLITS, Demonstration, Edit, Preference, Prompt, Reference
 from fgalign.errors import ConfigError, InputError, RecordError
 from fgalign.evaluation.truth import read_truth
 from fgalign.io import sha256
-from fgalign.raw_data import RawData, read_split
-from fgalign.schema import SPLITS, Demonstration, Edit, Preference, Prompt, Reference
 from fgalign.sources import SOURCES, get_source, hub
 from fgalign.sources.hub import (
     HubSection,

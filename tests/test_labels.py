@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from fgalign.core.schema import Edit, LabelledPair
 from fgalign.errors import InputError
 from fgalign.labels import (
     EditLabels,
@@ -16,7 +17,6 @@ from fgalign.labels import (
     label_words,
     word_numbers,
 )
-from fgalign.schema import Edit, LabelledPair
 
 
 @pytest.mark.parametrize(

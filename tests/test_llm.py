@@ -27,13 +27,13 @@ import pytest
 from fgalign.annotate import get_annotator
 from fgalign.annotate.llm import LLMAnnotatorConfig, annotate, parse_edit
 from fgalign.config import parse_section
+from fgalign.core.raw_data import RawSplit
+from fgalign.core.schema import Demonstration, Edit, Preference
 from fgalign.errors import ConfigError, InputError
 from fgalign.evaluation.judges import Item, get_judge
 from fgalign.evaluation.llm_judge import LLMJudge, LLMJudgeConfig, parse_verdict
 from fgalign.llm import LLM, Limiter, LLMConfig, LLMError, api_key
-from fgalign.prompts import Prompt
-from fgalign.raw_data import RawSplit
-from fgalign.schema import Demonstration, Edit, Preference
+from fgalign.llm.prompts import Prompt
 
 KEY = "sk-test-0123456789abcdef"
 FAST = {"retry-after-ms": "1"}

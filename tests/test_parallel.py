@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
+from fgalign.core.modeling import RuntimeConfig, seed_workers
 from fgalign.errors import InputError, TrainingError
-from fgalign.modeling import RuntimeConfig, seed_workers
 from fgalign.parallel import can_fork, each_seed, progress
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="seeds run side by side on Linux only")
@@ -70,7 +70,7 @@ def test_bars_of_two_processes_are_on_two_lines():
 
 
 def test_seeds_share_the_cores_unless_told(monkeypatch):
-    import fgalign.modeling as modeling
+    import fgalign.core.modeling as modeling
 
     monkeypatch.setattr(modeling, "cores", lambda: 6)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -84,7 +84,7 @@ def test_seeds_share_the_cores_unless_told(monkeypatch):
 def test_freed_memory_is_kept_for_the_next_tensor():
     code = """
 import resource, torch
-from fgalign.modeling import keep_freed_memory
+from fgalign.core.modeling import keep_freed_memory
 assert keep_freed_memory()
 torch.set_num_threads(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

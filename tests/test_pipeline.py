@@ -39,19 +39,19 @@ STAGE_FUNCTIONS = {
     "align": ("train", "run_align"),
     "token_model": ("train", "run_reward_model"),
     "study": ("studies", "run_study"),
-    "generate_start": ("evaluate", "run_generate"),
-    "generate": ("evaluate", "run_generate"),
-    "judge_start": ("evaluate", "run_judge"),
-    "judge": ("evaluate", "run_judge"),
-    "label_quality": ("evaluate", "run_label_quality"),
+    "generate_start": ("generate", "run_generate"),
+    "generate": ("generate", "run_generate"),
+    "judge_start": ("judge", "run_judge"),
+    "judge": ("judge", "run_judge"),
+    "label_quality": ("judge", "run_label_quality"),
     "reward_models": ("reward_models", "run_reward_models"),
-    "curves": ("evaluate", "run_curves"),
+    "curves": ("judge", "run_curves"),
     "token_models": ("reward_models", "run_token_models"),
     "judge_study": ("compare", "run_judge_study"),
     "credit": ("compare", "run_credit"),
     "benchmark_items": ("benchmarks", "run_benchmark_items"),
     "benchmark": ("benchmarks", "run_benchmark"),
-    "samples": ("evaluate", "run_samples"),
+    "samples": ("judge", "run_samples"),
     "search": ("studies", "run_search"),
     "choose_search": ("compare", "run_choose_search"),
     "study_edits": ("data", "run_study_edits"),
@@ -305,9 +305,9 @@ def test_every_section_of_every_profile_is_valid(name: str) -> None:
     from fgalign.base_model import PretrainedConfig, ScratchConfig
     from fgalign.benchmarks import BenchmarkConfig
     from fgalign.config import load_profile, parse_section
+    from fgalign.core.modeling import RuntimeConfig
     from fgalign.evaluation.config import EvaluationConfig
     from fgalign.labels import LabelConfig
-    from fgalign.modeling import RuntimeConfig
     from fgalign.ppo_trainer import FineGrainedPPOConfig, check_config
     from fgalign.report.config import report_config
     from fgalign.rewards.training import RewardSection, TokenRewardSection
@@ -432,7 +432,7 @@ def test_a_study_trains_each_variant_with_each_seed_and_judges_it_as_methods_are
 
 
 def test_other_edits_bring_other_labels_and_another_reward_model(known_world) -> None:
-    from fgalign.schema import Edit, read_records
+    from fgalign.core.schema import Edit, read_records
 
     folder = known_world.data / "studies"
     plain = read_records(known_world.data / "edits" / "train.jsonl", Edit)
@@ -479,7 +479,7 @@ def test_the_report_shows_them(known_world) -> None:
 
 
 def test_flawed_tokens_are_those_that_overlap_a_span_in_more_than_white_space() -> None:
-    from fgalign.schema import Span
+    from fgalign.core.schema import Span
     from fgalign.stages.compare import flawed_tokens
 
     # "They serve lousy food." with "lousy" (characters 11 to 16) flawed.

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import tensor
 
+from fgalign.core.modeling import load_causal_lm
+from fgalign.core.rollout import Rollout, response_logps
 from fgalign.errors import ConfigError, TrainingError
-from fgalign.modeling import load_causal_lm
 from fgalign.ppo_trainer import GLOSSARY, Experience, FineGrainedPPOConfig, FineGrainedPPOTrainer
-from fgalign.rollout import Rollout, response_logps
 
 WANTED = 7
 PROMPTS = [[2 + (3 * n + k) % 28 for k in range(1 + n % 4)] for n in range(12)]

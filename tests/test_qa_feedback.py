@@ -11,11 +11,11 @@ import pytest
 
 from fgalign.annotate.replay import ReplayConfig, annotate
 from fgalign.config import parse_section
+from fgalign.core.raw_data import RawSplit, read_split, write_raw
+from fgalign.core.schema import Prompt
 from fgalign.errors import ConfigError, InputError, RecordError
 from fgalign.evaluation.truth import read_truth
 from fgalign.io import sha256
-from fgalign.raw_data import RawSplit, read_split, write_raw
-from fgalign.schema import Prompt
 from fgalign.sources.qa_feedback import (
     DOWNLOADS,
     FOLDER_VARIABLE,

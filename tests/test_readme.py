@@ -135,7 +135,7 @@ def test_tables_of_the_readme_are_those_of_the_report():
 
 def test_snippets_run_as_they_stand(tmp_path, monkeypatch, capsys, tokenizer, make_model):
     """With a tiny model in the place of the SFT model that the pipeline leaves."""
-    from fgalign.modeling import save_model
+    from fgalign.core.modeling import save_model
 
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=128)
     save_model(model, tokenizer, tmp_path / "data/mini/models/sft/seed-1")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import tensor
 
-from fgalign.rollout import (
+from fgalign.core.rollout import (
     Rollout,
     response_logits,
     response_logps,
@@ -18,7 +18,7 @@ from fgalign.rollout import (
     sample_tokens,
     uniforms,
 )
-from fgalign.tensor_ops import pad
+from fgalign.core.tensor_ops import pad
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15], [16, 17, 18]]
 BUDGET = 10

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from fgalign.core.rollout import sample_responses
+from fgalign.core.tensor_ops import pad
 from fgalign.errors import ConfigError, TrainingError
 from fgalign.ppo_trainer import FineGrainedPPOConfig, FineGrainedPPOTrainer
-from fgalign.rollout import sample_responses
 from fgalign.rollout_engine import VLLMEngine, choose_engine
-from fgalign.tensor_ops import pad
 
 EOS, PAD = 1, 0
 PROMPTS = [[2 + (3 * n + k) % 28 for k in range(1 + n % 4)] for n in range(12)]

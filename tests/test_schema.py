@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fgalign.errors import FgalignError, RecordError
-from fgalign.schema import (
+from fgalign.core.schema import (
     CurveSample,
     Edit,
     GoldMarks,
@@ -23,6 +22,7 @@ from fgalign.schema import (
     read_records,
     write_records,
 )
+from fgalign.errors import FgalignError, RecordError
 
 EDIT = {"id": "a", "prompt": "p", "initial": "bad one", "revised": "good one"}
 PAIR = {

@@ -15,10 +15,10 @@ import pytest
 
 from fgalign.annotate.simulated import SimulatedConfig, annotate, revise
 from fgalign.config import parse_section
+from fgalign.core.raw_data import RawData, RawSplit, read_split, write_raw
+from fgalign.core.schema import SPLITS, Preference
 from fgalign.errors import ConfigError, InputError
 from fgalign.evaluation.truth import read_truth
-from fgalign.raw_data import RawData, RawSplit, read_split, write_raw
-from fgalign.schema import SPLITS, Preference
 from fgalign.sources.simulator import SimulatorConfig, build, world
 from fgalign.sources.simulator.gold import PATTERNS, gold_score, gold_spans, parse_answer
 from fgalign.sources.simulator.people import prefers_first

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import tensor
 
-from fgalign.tensor_ops import (
+from fgalign.core.tensor_ops import (
     entropy,
     gae,
     masked_mean,

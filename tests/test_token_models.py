@@ -11,6 +11,9 @@ from torch import tensor
 
 from fgalign.config import Profile
 from fgalign.context import Context
+from fgalign.core.modeling import RuntimeConfig, load_token_reward_model
+from fgalign.core.raw_data import read_split
+from fgalign.core.schema import LabelledPair
 from fgalign.errors import ConfigError, InputError
 from fgalign.losses.token_reward import (
     IGNORE,
@@ -23,12 +26,9 @@ from fgalign.losses.token_reward import (
     token_loss,
     token_rewards_of,
 )
-from fgalign.modeling import RuntimeConfig, load_token_reward_model
-from fgalign.raw_data import read_split
 from fgalign.rewards import load_reward, reward_function, saved_level
 from fgalign.rewards.scoring import raw_rewards
 from fgalign.rewards.training import TokenRewardCollator, TokenRewardSection, TokenRewardTrainer, train_token_model
-from fgalign.schema import LabelledPair
 from fgalign.training import OptimConfig
 
 LN2, LN3 = math.log(2), math.log(3)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import tensor
 
+from fgalign.core.rollout import as_rollout
+from fgalign.core.schema import LabelledPair
 from fgalign.errors import ConfigError
 from fgalign.losses.token_reward import (
     CLASSES,
@@ -19,8 +21,6 @@ from fgalign.losses.token_reward import (
 from fgalign.rewards import response_scores, reward_function
 from fgalign.rewards.scoring import raw_rewards, score_responses
 from fgalign.rewards.training import TokenRewardCollator, TokenRewardTrainer, class_counts
-from fgalign.rollout import as_rollout
-from fgalign.schema import LabelledPair
 
 LN2 = math.log(2)
 
@@ -199,7 +199,7 @@ def test_lora_trains_the_new_head_and_saves_a_plain_model(make_model, tokenizer,
     """The whole path with LoRA: peft must adapt the layers and leave the three-label head to be trained as it is."""
     from fgalign.config import Profile
     from fgalign.context import Context
-    from fgalign.modeling import RuntimeConfig, load_token_reward_model
+    from fgalign.core.modeling import RuntimeConfig, load_token_reward_model
     from fgalign.rewards.training import TokenRewardSection, train_token_model
     from fgalign.training import LoraSection, OptimConfig
 

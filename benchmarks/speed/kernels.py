@@ -52,7 +52,7 @@ def figa_batch(workload: PairWorkload) -> tuple[Any, list[dict[str, Any]]]:
 def collation(workload: PairWorkload, rounds: int) -> dict[str, list[float]]:
     """Seconds to collate a batch into ids, attention mask and weights (``figa``), and into ids and attention mask alone
     (``pad``)."""
-    from fgalign.tensor_ops import pad
+    from fgalign.core.tensor_ops import pad
 
     collator, examples = figa_batch(workload)
 

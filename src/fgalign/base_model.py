@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fgalign.config import Section
+from fgalign.core.schema import Demonstration
 from fgalign.errors import ConfigError, InputError
-from fgalign.schema import Demonstration
 from fgalign.training import OptimConfig
 
 PAD, EOS, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
@@ -110,7 +110,7 @@ def build_scratch(
     Raises:
         InputError: the source gives no corpus.
     """
-    from fgalign.modeling import seed_everything
+    from fgalign.core.modeling import seed_everything
     from fgalign.sft import train_sft
 
     if not corpus:

@@ -151,7 +151,7 @@ def align(name: Name, profile: ProfileOption = None) -> None:
 def generate(name: Name, profile: ProfileOption = None) -> None:
     """Answers of a method to the test prompts."""
     with stage(profile, f"generate@{name}") as current:
-        from fgalign.stages.evaluate import run_generate
+        from fgalign.stages.generate import run_generate
 
         run_generate(current, name)
 
@@ -160,7 +160,7 @@ def generate(name: Name, profile: ProfileOption = None) -> None:
 def judge(name: Name, profile: ProfileOption = None) -> None:
     """The judge's scores of a method's answers."""
     with stage(profile, f"judge@{name}") as current:
-        from fgalign.stages.evaluate import run_judge
+        from fgalign.stages.judge import run_judge
 
         run_judge(current, name)
 
@@ -169,7 +169,7 @@ def judge(name: Name, profile: ProfileOption = None) -> None:
 def curves(names: Names, profile: ProfileOption = None) -> None:
     """The judge's scores of what methods answered while they trained."""
     with stage(profile, "curves") as current:
-        from fgalign.stages.evaluate import run_curves
+        from fgalign.stages.judge import run_curves
 
         run_curves(current, names)
 
@@ -178,7 +178,7 @@ def curves(names: Names, profile: ProfileOption = None) -> None:
 def label_quality(profile: ProfileOption = None) -> None:
     """Minimal-edit labels against the truth."""
     with stage(profile, "label_quality") as current:
-        from fgalign.stages.evaluate import run_label_quality
+        from fgalign.stages.judge import run_label_quality
 
         run_label_quality(current)
 
@@ -268,7 +268,7 @@ def credit(names: Names, profile: ProfileOption = None) -> None:
 def samples(names: Names, profile: ProfileOption = None) -> None:
     """A few test prompts with every method's answer."""
     with stage(profile, "samples", tracked=False) as current:
-        from fgalign.stages.evaluate import run_samples
+        from fgalign.stages.judge import run_samples
 
         run_samples(current, names)
 

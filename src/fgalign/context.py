@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from fgalign.config import Profile
+from fgalign.core.modeling import RuntimeConfig, load_tokenizer, use_bf16
+from fgalign.core.raw_data import RawSplit, read_split
+from fgalign.core.schema import Edit, LabelledPair, read_records
 from fgalign.errors import ConfigError
-from fgalign.modeling import RuntimeConfig, load_tokenizer, use_bf16
-from fgalign.raw_data import RawSplit, read_split
-from fgalign.schema import Edit, LabelledPair, read_records
 from fgalign.tracking import Run
 
 

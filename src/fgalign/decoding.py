@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fgalign.config import Section, parse_section
+from fgalign.core.rollout import Rollout, sample_all, uniforms
+from fgalign.core.tensor_ops import pad
+from fgalign.core.tokens import encode_prompt
 from fgalign.io import read_json, write_json
 from fgalign.rewards import RewardFunction, response_scores
-from fgalign.rollout import Rollout, sample_all, uniforms
-from fgalign.tensor_ops import pad
-from fgalign.tokens import encode_prompt
 
 FILE = "decoding.json"
 

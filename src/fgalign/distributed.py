@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fgalign.core.modeling import is_sharded
+from fgalign.core.rollout import Rollout
 from fgalign.errors import ConfigError
-from fgalign.modeling import is_sharded
-from fgalign.rollout import Rollout
 
 T = TypeVar("T")
 

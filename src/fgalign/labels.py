@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 from rapidfuzz.distance import Levenshtein
 
 from fgalign.config import Section
+from fgalign.core.schema import BAD, GOOD, NEUTRAL, Edit, LabelledPair
+from fgalign.core.tokens import encode_prompt, encode_response, token_texts
 from fgalign.errors import InputError
-from fgalign.schema import BAD, GOOD, NEUTRAL, Edit, LabelledPair
-from fgalign.tokens import encode_prompt, encode_response, token_texts
 
 Unit = Literal["token", "word"]
 """What is aligned: token ids, or words projected onto their tokens."""

@@ -30,8 +30,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fgalign.config import Profile, Section
+from fgalign.core.modeling import parameter_count
 from fgalign.errors import ConfigError
-from fgalign.modeling import parameter_count
 
 GIB = 2**30
 

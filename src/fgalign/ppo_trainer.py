@@ -40,6 +40,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgalign.core.rollout import Rollout, response_logps, uniforms
+from fgalign.core.tensor_ops import entropy, gae, masked_mean, masked_sum, position_ids, token_logps, whiten
 from fgalign.distributed import (
     by_rows,
     check_supported,
@@ -63,9 +65,7 @@ from fgalign.losses.ppo import (
     value_loss,
 )
 from fgalign.rewards import RewardFunction, response_scores
-from fgalign.rollout import Rollout, response_logps, uniforms
 from fgalign.rollout_engine import ENGINES, RolloutEngine, TransformersEngine, choose_engine, start_vllm
-from fgalign.tensor_ops import entropy, gae, masked_mean, masked_sum, position_ids, token_logps, whiten
 
 GLOSSARY: dict[str, str] = {
     "reward/score": "mean score of a response before scaling: the sequence reward, or the sum of its token rewards",
@@ -528,7 +528,7 @@ class FineGrainedPPOTrainer:
     def save_model(self, folder: str | Path | None = None) -> None:
         """Save policy (adapter merged) and tokenizer to ``folder`` (default: ``args.output_dir``); of several processes
         the main one writes."""
-        from fgalign.modeling import full_state, save_model
+        from fgalign.core.modeling import full_state, save_model
 
         state = full_state(self.model, self.accelerator, "policy.")
         if self.accelerator.is_main_process:

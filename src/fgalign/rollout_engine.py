@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fgalign.core.rollout import Rollout, as_rollout, concatenate, sample_responses
+from fgalign.core.tensor_ops import pad
 from fgalign.errors import ConfigError, TrainingError
-from fgalign.rollout import Rollout, as_rollout, concatenate, sample_responses
-from fgalign.tensor_ops import pad
 
 ENGINES = ("transformers", "vllm", "auto")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from fgalign.config import Section
 from fgalign.context import Context
+from fgalign.core.modeling import load_causal_lm
+from fgalign.core.schema import Demonstration
+from fgalign.core.tokens import encode_prompt, encode_response
 from fgalign.errors import InputError
-from fgalign.modeling import load_causal_lm
-from fgalign.schema import Demonstration
-from fgalign.tokens import encode_prompt, encode_response
 from fgalign.tracking import Run
 from fgalign.training import OptimConfig, peft_config, save_trained, train, trainer_arguments
 

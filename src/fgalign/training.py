@@ -10,8 +10,8 @@ from pydantic import Field
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fgalign.config import Section
+from fgalign.core.modeling import full_state, is_sharded, save_model
 from fgalign.errors import ConfigError, TrainingError
-from fgalign.modeling import full_state, is_sharded, save_model
 from fgalign.parallel import is_main_process, progress
 from fgalign.tracking import Run
 

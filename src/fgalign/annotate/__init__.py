@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fgalign.config import Section
+from fgalign.core.raw_data import RawSplit
+from fgalign.core.schema import Edit, Split
 from fgalign.errors import ConfigError
-from fgalign.raw_data import RawSplit
-from fgalign.schema import Edit, Split
 
 
 class Annotator(NamedTuple):

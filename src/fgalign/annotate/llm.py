@@ -13,11 +13,11 @@ from pydantic import Field
 from rapidfuzz.distance import Levenshtein
 
 from fgalign.config import find_root
+from fgalign.core.raw_data import RawSplit
+from fgalign.core.schema import Edit, Split
 from fgalign.errors import InputError
 from fgalign.llm import LLM, LLMConfig
-from fgalign.prompts import Prompt
-from fgalign.raw_data import RawSplit
-from fgalign.schema import Edit, Split
+from fgalign.llm.prompts import Prompt
 
 _EDITED = re.compile(r"<edited>(.*)</edited>", re.DOTALL)
 FIELDS = {"minimal_edit": ("prompt", "response"), "revise_to_reference": ("prompt", "response", "reference")}
@@ -26,7 +26,7 @@ FIELDS = {"minimal_edit": ("prompt", "response"), "revise_to_reference": ("promp
 class LLMAnnotatorConfig(LLMConfig):
     """What the model is asked to do, besides how it is reached.
 
-    ``prompt`` is a file with a prompt in place of the packaged one (``fgalign/prompts/<task>.md``), absolute or
+    ``prompt`` is a file with a prompt in place of the packaged one (``fgalign/llm/prompts/<task>.md``), absolute or
     relative to the repository's root. ``responses`` limits how many responses of each split are edited (None: all).
     """
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fgalign.config import Section
+from fgalign.core.raw_data import RawSplit
+from fgalign.core.schema import Edit, Split
 from fgalign.errors import InputError
-from fgalign.raw_data import RawSplit
-from fgalign.schema import Edit, Split
 
 
 class ReplayConfig(Section):

@@ -11,8 +11,8 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from fgalign.config import Section
-from fgalign.raw_data import RawSplit
-from fgalign.schema import Edit
+from fgalign.core.raw_data import RawSplit
+from fgalign.core.schema import Edit
 from fgalign.sources.simulator.gold import Flaw, Parse, parse_answer
 from fgalign.sources.simulator.world import (
     ENDINGS,

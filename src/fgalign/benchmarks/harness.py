@@ -36,10 +36,10 @@ class ChatLM(HFLM):
     """A causal LM that the harness asks in the terms of the rest of the pipeline.
 
     A prompt is a user turn of the chat template, a response begins where the template puts it, and the two are encoded
-    apart and without special tokens, as in ``fgalign.tokens``. (The harness encodes them as one text and counts white
-    space at the end of the template as part of the response.) Log-likelihoods are float32 sums over the tokens of the
-    response, in nats, without an end-of-sequence token. ``prefix`` begins the model's turn, before any response. The
-    bars of the harness give way to one of ours, named ``title``.
+    apart and without special tokens, as in ``fgalign.core.tokens``. (The harness encodes them as one text and counts
+    white space at the end of the template as part of the response.) Log-likelihoods are float32 sums over the tokens of
+    the response, in nats, without an end-of-sequence token. ``prefix`` begins the model's turn, before any response.
+    The bars of the harness give way to one of ours, named ``title``.
 
     Raises:
         InputError: the tokenizer has no chat template; later, prompt and response do not fit the model's positions.

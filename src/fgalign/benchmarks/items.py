@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, model_validator
 
 from fgalign.benchmarks import LOCAL_TASKS, BenchmarkConfig
+from fgalign.core.schema import Record, Text, read_records
 from fgalign.errors import ConfigError
-from fgalign.schema import Record, Text, read_records
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from fgalign.benchmarks import BenchmarkConfig
 from fgalign.benchmarks.items import ChoiceItem
+from fgalign.core.raw_data import read_split
+from fgalign.core.schema import Edit
 from fgalign.errors import InputError
-from fgalign.raw_data import read_split
-from fgalign.schema import Edit
 
 
 def build(config: BenchmarkConfig, data: Path) -> dict[str, list[ChoiceItem]]:

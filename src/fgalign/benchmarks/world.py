@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fgalign.benchmarks import BenchmarkConfig
 from fgalign.benchmarks.items import ChoiceItem, PairItem
-from fgalign.raw_data import read_split
-from fgalign.schema import SPLITS
+from fgalign.core.raw_data import read_split
+from fgalign.core.schema import SPLITS
 from fgalign.sources.simulator.world import (
     KINDS,
     NAMES,

@@ -164,10 +164,10 @@ def _llm_judge(config: LLMJudgeConfig) -> Judge:
 def _reward_judge(config: RewardJudgeConfig) -> Judge:
     import torch
 
-    from fgalign.modeling import load_sequence_reward_model, load_tokenizer
+    from fgalign.core.modeling import load_sequence_reward_model, load_tokenizer
+    from fgalign.core.tokens import encode_prompt, encode_response
     from fgalign.rewards import reward_function, saved_level
     from fgalign.rewards.scoring import score_responses
-    from fgalign.tokens import encode_prompt, encode_response
 
     folder = find_root() / config.folder if not Path(config.folder).is_absolute() else Path(config.folder)
     if saved_level(folder) != "sequence":

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fgalign.config import Profile, parse_section
+from fgalign.core.schema import CurveSample, Reference, Sample
 from fgalign.errors import ConfigError
 from fgalign.evaluation.judges import Item, Judge, RewardJudgeConfig, get_judge
-from fgalign.schema import CurveSample, Reference, Sample
 
 
 def profile_judge(profile: Profile, name: str, options: Mapping[str, Any]) -> Judge:

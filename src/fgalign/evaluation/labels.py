@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fgalign.core.schema import BAD, Edit, GoldMarks, LabelledPair
+from fgalign.core.tokens import token_offsets
 from fgalign.errors import InputError
 from fgalign.evaluation.statistics import precision_recall
-from fgalign.schema import BAD, Edit, GoldMarks, LabelledPair
-from fgalign.tokens import token_offsets
 
 
 def gold_tokens(tokenizer: Any, text: str, marks: GoldMarks) -> list[bool]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from fgalign.config import find_root
 from fgalign.llm import LLM, LLMConfig
-from fgalign.prompts import Prompt
+from fgalign.llm.prompts import Prompt
 
 Verdict = Literal["A", "B", "tie"]
 _LAST_LINE = re.compile(r"[*_\s]*verdict:[*_\s]*(a|b|tie)[*_\s.]*", re.IGNORECASE)

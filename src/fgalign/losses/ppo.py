@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fgalign.tensor_ops import gae, masked_mean
+from fgalign.core.tensor_ops import gae, masked_mean
 
 KLEstimator = Literal["k1", "k2", "k3"]
 

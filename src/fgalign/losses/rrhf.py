@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fgalign.tensor_ops import masked_mean
+from fgalign.core.tensor_ops import masked_mean
 
 
 class RrhfLoss(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgalign.schema import BAD, GOOD, NEUTRAL
+from fgalign.core.schema import BAD, GOOD, NEUTRAL
 
 CLASSES = (BAD, NEUTRAL, GOOD)
 """The label of each class index: 0 bad, 1 neutral, 2 good."""

@@ -8,9 +8,9 @@ from typing import Literal
 
 from fgalign.config import Section
 from fgalign.context import Context
+from fgalign.core.tokens import encode_response
 from fgalign.decoding import Decoding, encode_prefixed, write_decoding
 from fgalign.sft import align_rows, sft_row
-from fgalign.tokens import encode_response
 from fgalign.training import OptimConfig
 
 

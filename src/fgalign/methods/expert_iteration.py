@@ -10,13 +10,13 @@ from pydantic import Field
 
 from fgalign.config import Section
 from fgalign.context import Context
+from fgalign.core.modeling import load_causal_lm
+from fgalign.core.tokens import check_budget, encode_prompt
 from fgalign.decoding import draw_best
 from fgalign.errors import ConfigError, TrainingError
-from fgalign.modeling import load_causal_lm
 from fgalign.parallel import process_count, progress
 from fgalign.rewards import load_reward
 from fgalign.sft import align_rows, sft_row
-from fgalign.tokens import check_budget, encode_prompt
 from fgalign.training import OptimConfig
 
 

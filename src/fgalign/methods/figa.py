@@ -24,6 +24,10 @@ from transformers import Trainer, TrainingArguments
 
 from fgalign.config import Section
 from fgalign.context import Context
+from fgalign.core.modeling import load_causal_lm
+from fgalign.core.schema import BAD, GOOD, LabelledPair
+from fgalign.core.tensor_ops import pad, token_logps
+from fgalign.core.tokens import encode_response
 from fgalign.errors import ConfigError, InputError, TrainingError
 from fgalign.labels import Unit, label_bag_of_words, label_by_unit
 from fgalign.losses.figa import (
@@ -35,10 +39,6 @@ from fgalign.losses.figa import (
     revised_weights,
     scored_labels,
 )
-from fgalign.modeling import load_causal_lm
-from fgalign.schema import BAD, GOOD, LabelledPair
-from fgalign.tensor_ops import pad, token_logps
-from fgalign.tokens import encode_response
 from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
 
 

@@ -15,14 +15,14 @@ from pydantic import model_validator
 
 from fgalign.config import Section
 from fgalign.context import Context
-from fgalign.modeling import load_causal_lm
+from fgalign.core.modeling import load_causal_lm
+from fgalign.core.rollout import Rollout, uniforms
+from fgalign.core.schema import CurveSample, write_records
+from fgalign.core.tensor_ops import masked_sum
+from fgalign.core.tokens import check_budget, decode_response, encode_prompt
 from fgalign.parallel import process_count, progress
 from fgalign.ppo_trainer import FineGrainedPPOConfig, FineGrainedPPOTrainer
 from fgalign.rewards import load_reward, response_scores
-from fgalign.rollout import Rollout, uniforms
-from fgalign.schema import CurveSample, write_records
-from fgalign.tensor_ops import masked_sum
-from fgalign.tokens import check_budget, decode_response, encode_prompt
 from fgalign.training import LoraSection, OptimConfig, peft_config
 
 
@@ -170,6 +170,6 @@ def run(context: Context, config: Config) -> None:
 
 def _value_model(context: Context, device: torch.device | str) -> Any:
     """A value model of its own, started from the SFT model with a new head of one output."""
-    from fgalign.modeling import load_token_reward_model
+    from fgalign.core.modeling import load_token_reward_model
 
     return load_token_reward_model(context.model("sft"), device, num_labels=1)

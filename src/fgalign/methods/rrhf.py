@@ -15,13 +15,13 @@ from transformers import Trainer, TrainingArguments
 
 from fgalign.config import Section
 from fgalign.context import Context
+from fgalign.core.modeling import load_causal_lm
+from fgalign.core.rollout import Rollout, as_rollout, response_logps
+from fgalign.core.tokens import encode_prompt, encode_response
 from fgalign.errors import TrainingError
 from fgalign.losses.rrhf import RrhfLoss, rrhf_loss
-from fgalign.modeling import load_causal_lm
 from fgalign.rewards import load_reward
 from fgalign.rewards.scoring import score_responses
-from fgalign.rollout import Rollout, as_rollout, response_logps
-from fgalign.tokens import encode_prompt, encode_response
 from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
 
 

@@ -11,10 +11,10 @@ from transformers import Trainer, TrainingArguments
 
 from fgalign.config import Section
 from fgalign.context import Context
-from fgalign.modeling import load_causal_lm
-from fgalign.rollout import Rollout, as_rollout, response_logps
-from fgalign.tensor_ops import masked_mean
-from fgalign.tokens import encode_prompt, encode_response
+from fgalign.core.modeling import load_causal_lm
+from fgalign.core.rollout import Rollout, as_rollout, response_logps
+from fgalign.core.tensor_ops import masked_mean
+from fgalign.core.tokens import encode_prompt, encode_response
 from fgalign.training import OptimConfig, save_trained, train, trainer_arguments
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from fgalign.config import Section
 from fgalign.context import Context
+from fgalign.core.tokens import encode_prompt, encode_response
 from fgalign.sft import align_rows, sft_row
-from fgalign.tokens import encode_prompt, encode_response
 from fgalign.training import OptimConfig
 
 

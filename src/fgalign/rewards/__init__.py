@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fgalign.core.rollout import Rollout
+from fgalign.core.tensor_ops import masked_sum, position_ids
 from fgalign.errors import ConfigError
 from fgalign.io import read_json
 from fgalign.losses.token_reward import token_rewards_of
-from fgalign.rollout import Rollout
-from fgalign.tensor_ops import masked_sum, position_ids
 
 RewardFunction = Callable[[Rollout], Tensor]
 
@@ -89,7 +89,7 @@ def load_reward(name: str, folder: Path, device: torch.device | str, discrete: b
         InputError: no model is there; ``ConfigError``: it is no reward model, or not of the level that ``LEVELS``
             gives a model of this name.
     """
-    from fgalign.modeling import load_sequence_reward_model, load_token_reward_model
+    from fgalign.core.modeling import load_sequence_reward_model, load_token_reward_model
 
     level = saved_level(folder)
     if level != LEVELS.get(name, level):

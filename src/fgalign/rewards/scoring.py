@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fgalign.core.rollout import Rollout, as_rollout
 from fgalign.rewards import RewardFunction, response_scores
-from fgalign.rollout import Rollout, as_rollout
 
 
 def raw_rewards(

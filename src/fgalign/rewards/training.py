@@ -12,12 +12,12 @@ from transformers import Trainer, TrainingArguments
 
 from fgalign.config import Section
 from fgalign.context import Context
+from fgalign.core.modeling import load_sequence_reward_model, load_token_reward_model
+from fgalign.core.schema import LabelledPair
+from fgalign.core.tensor_ops import pad
+from fgalign.core.tokens import encode_prompt, encode_response
 from fgalign.errors import InputError
 from fgalign.losses.token_reward import IGNORE, OUTPUTS, TokenLoss, inverse_frequency_weights, token_loss
-from fgalign.modeling import load_sequence_reward_model, load_token_reward_model
-from fgalign.schema import LabelledPair
-from fgalign.tensor_ops import pad
-from fgalign.tokens import encode_prompt, encode_response
 from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fgalign.config import Section
+from fgalign.core.raw_data import RawData
 from fgalign.errors import ConfigError
-from fgalign.raw_data import RawData
 
 SOURCES = ("simulator", "qa_feedback", "alpaca_farm", "spa", "hh_rlhf", "preference_dataset")
 

@@ -22,9 +22,9 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
+from fgalign.core.raw_data import RawData, RawSplit, Truth
+from fgalign.core.schema import SPLITS, Demonstration, Preference, Prompt, Reference, Split
 from fgalign.errors import RecordError
-from fgalign.raw_data import RawData, RawSplit, Truth
-from fgalign.schema import SPLITS, Demonstration, Preference, Prompt, Reference, Split
 from fgalign.sources.hub import (
     INSTRUCTION_COLUMNS,
     Columns,

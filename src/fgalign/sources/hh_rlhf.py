@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fgalign.core.raw_data import RawData
+from fgalign.core.schema import Preference
 from fgalign.errors import InputError
-from fgalign.raw_data import RawData
-from fgalign.schema import Preference
 from fgalign.sources.hub import (
     Columns,
     Commit,

@@ -26,10 +26,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from fgalign.config import Section
+from fgalign.core.raw_data import RawData, RawSplit, Truth
+from fgalign.core.schema import SPLITS, Demonstration, Preference, Prompt, Reference, Split
 from fgalign.errors import ConfigError, InputError, RecordError
 from fgalign.io import check_sha256
-from fgalign.raw_data import RawData, RawSplit, Truth
-from fgalign.schema import SPLITS, Demonstration, Preference, Prompt, Reference, Split
 
 DOWNLOADS = Path("data") / "downloads"
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")

@@ -18,9 +18,9 @@ from typing import Any
 
 from pydantic import Field
 
+from fgalign.core.raw_data import RawData
+from fgalign.core.schema import SPLITS, Preference, Split
 from fgalign.errors import ConfigError, InputError, RecordError
-from fgalign.raw_data import RawData
-from fgalign.schema import SPLITS, Preference, Split
 from fgalign.sources.hub import (
     SUFFIXES,
     Columns,

@@ -31,10 +31,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fgalign.config import Section
-from fgalign.errors import ConfigError, InputError, RecordError
-from fgalign.io import atomic_file, check_sha256, read_json
-from fgalign.raw_data import RawData, RawSplit, Truth
-from fgalign.schema import (
+from fgalign.core.raw_data import RawData, RawSplit, Truth
+from fgalign.core.schema import (
     SPLITS,
     Demonstration,
     Edit,
@@ -46,6 +44,8 @@ from fgalign.schema import (
     Split,
     Text,
 )
+from fgalign.errors import ConfigError, InputError, RecordError
+from fgalign.io import atomic_file, check_sha256, read_json
 
 FOLDER_VARIABLE = "FGALIGN_QA_FEEDBACK"
 DOWNLOADS = Path("data") / "downloads" / "qa_feedback"

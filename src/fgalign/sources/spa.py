@@ -15,9 +15,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from fgalign.core.raw_data import RawData, RawSplit, Truth
+from fgalign.core.schema import SPLITS, Demonstration, Edit, Preference, Prompt, Reference
 from fgalign.errors import InputError
-from fgalign.raw_data import RawData, RawSplit, Truth
-from fgalign.schema import SPLITS, Demonstration, Edit, Preference, Prompt, Reference
 from fgalign.sources.hub import (
     INSTRUCTION_COLUMNS,
     Columns,

@@ -8,8 +8,8 @@ from pydantic import ConfigDict
 
 from fgalign.benchmarks import BenchmarkConfig
 from fgalign.config import Profile, Section
+from fgalign.core.schema import write_records
 from fgalign.io import atomic_dir, write_csv
-from fgalign.schema import write_records
 from fgalign.tracking import track
 
 
@@ -43,8 +43,8 @@ def run_benchmark(profile: Profile) -> None:
     are evaluated in one stage, because loading the harness takes longer than a small model's tasks.
     """
     from fgalign.benchmarks.harness import ChatLM, Score, run_tasks, task_manager
+    from fgalign.core.modeling import RuntimeConfig, load_causal_lm, load_tokenizer, seed_workers, set_up, use_bf16
     from fgalign.decoding import read_decoding
-    from fgalign.modeling import RuntimeConfig, load_causal_lm, load_tokenizer, seed_workers, set_up, use_bf16
     from fgalign.parallel import each_seed
 
     config = profile.section("benchmarks", BenchmarkConfig)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fgalign.config import Profile
+from fgalign.core.schema import CurveSample, read_records
 from fgalign.errors import InputError
 from fgalign.evaluation.config import EvaluationConfig
 from fgalign.evaluation.judges import Judge
-from fgalign.evaluation.truth import read_truth
+from fgalign.evaluation.truth import read_truth, split_references
 from fgalign.io import write_csv
-from fgalign.schema import CurveSample, read_records
-from fgalign.stages.evaluate import Answerer, split_references
+from fgalign.stages.generate import Answerer
 from fgalign.study import candidates, choose, get_study, metrics_folder, search_section
 from fgalign.tracking import track
 
@@ -124,9 +124,9 @@ def run_credit(profile: Profile, methods: Sequence[str]) -> None:
     The weight of a token is the absolute value of its advantage, as PPO used it; it is recorded with the validation
     answers while a method trains. The truth is the judge's parser, on the answer that the policy wrote.
     """
-    from fgalign.modeling import load_tokenizer
+    from fgalign.core.modeling import load_tokenizer
+    from fgalign.core.tokens import token_texts
     from fgalign.sources.simulator.gold import gold_spans
-    from fgalign.tokens import token_texts
 
     tokenizer = load_tokenizer(profile.model_folder("base"))
     rows = []

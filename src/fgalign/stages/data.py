@@ -6,11 +6,11 @@ from pydantic import ConfigDict
 
 from fgalign.annotate import get_annotator
 from fgalign.config import Profile, Section, parse_section
+from fgalign.core.raw_data import read_split, write_raw
+from fgalign.core.schema import SPLITS, Edit, read_records, write_records
 from fgalign.errors import InputError
 from fgalign.io import atomic_dir, write_json
 from fgalign.labels import LabelConfig, label_edits, label_statistics
-from fgalign.raw_data import read_split, write_raw
-from fgalign.schema import SPLITS, Edit, read_records, write_records
 from fgalign.sources import get_source
 from fgalign.tracking import track
 
@@ -51,7 +51,7 @@ def run_edits(profile: Profile) -> None:
 
 def run_labels(profile: Profile) -> None:
     """labels: token labels of the training and validation edits, and statistics of all three splits' labels."""
-    from fgalign.modeling import load_tokenizer
+    from fgalign.core.modeling import load_tokenizer
 
     config = profile.section("labels", LabelConfig)
     tokenizer = load_tokenizer(profile.data / "models" / "base")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fgalign.config import Profile
+from fgalign.core.raw_data import read_split
+from fgalign.core.schema import Edit, read_records
 from fgalign.evaluation.config import REWARD_MODELS, EvaluationConfig
 from fgalign.evaluation.truth import initial_marks, read_truth
 from fgalign.io import write_csv, write_json
-from fgalign.raw_data import read_split
-from fgalign.schema import Edit, read_records
 from fgalign.tracking import track
 
 
@@ -19,10 +19,10 @@ def run_reward_models(profile: Profile) -> None:
     ``reward_pairs.csv``), token metrics against the truth, rewards of initial, revised and reference responses
     (``figa_data.csv``), examples for the picture (``token_examples.json``)."""
 
+    from fgalign.core.tokens import encode_response
     from fgalign.labels import label_edit
     from fgalign.parallel import each_seed
     from fgalign.rewards import LEVELS
-    from fgalign.tokens import encode_response
 
     held_out = HeldOut(profile)
     edits, pairs = held_out.edits, held_out.pairs
@@ -114,10 +114,10 @@ class HeldOut:
     responses, to measure reward models with."""
 
     def __init__(self, profile: Profile) -> None:
+        from fgalign.core.modeling import RuntimeConfig, load_tokenizer, seed_workers, set_up
+        from fgalign.core.tokens import encode_prompt, encode_response
         from fgalign.evaluation.labels import gold_tokens
         from fgalign.labels import LabelConfig, label_edits
-        from fgalign.modeling import RuntimeConfig, load_tokenizer, seed_workers, set_up
-        from fgalign.tokens import encode_prompt, encode_response
 
         self.profile = profile
         self.config = profile.section("evaluation", EvaluationConfig)
@@ -216,7 +216,7 @@ def _figa_row(key: str, side: str, seed: int, reward: Any, tokens: int, distance
 def _examples(
     tokenizer: Any, edits: list[Edit], pairs: list, truth: list[list[bool]], rewards: list[list[float]], count: int
 ) -> list[dict[str, Any]]:
-    from fgalign.tokens import token_texts
+    from fgalign.core.tokens import token_texts
 
     return [
         {

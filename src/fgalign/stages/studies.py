@@ -13,12 +13,12 @@ from pathlib import Path
 
 from fgalign.config import Profile
 from fgalign.context import Context
+from fgalign.core.modeling import RuntimeConfig, seed_everything, seed_workers, set_up
+from fgalign.core.schema import Edit, read_records, write_records
 from fgalign.errors import InputError
 from fgalign.io import atomic_dir
 from fgalign.labels import LabelConfig, label_edits
-from fgalign.modeling import RuntimeConfig, seed_everything, seed_workers, set_up
 from fgalign.parallel import each_seed
-from fgalign.schema import Edit, read_records, write_records
 from fgalign.stages.train import align, train_reward_model
 from fgalign.study import Candidate, candidates, edits_file, get_study, search_section
 from fgalign.tracking import track

@@ -11,12 +11,12 @@ from pydantic import TypeAdapter
 
 from fgalign.config import Profile, Section, parse_section
 from fgalign.context import Context
+from fgalign.core.modeling import RuntimeConfig, seed_everything, seed_workers, set_up, use_bf16
+from fgalign.core.raw_data import read_split
 from fgalign.errors import ConfigError
 from fgalign.io import write_json
 from fgalign.methods import get_method
-from fgalign.modeling import RuntimeConfig, seed_everything, seed_workers, set_up, use_bf16
 from fgalign.parallel import each_seed, output_dir
-from fgalign.raw_data import read_split
 from fgalign.tracking import track
 
 

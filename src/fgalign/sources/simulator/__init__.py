@@ -14,8 +14,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from fgalign.config import Section
-from fgalign.raw_data import RawData, RawSplit, Truth
-from fgalign.schema import SPLITS, Demonstration, GoldMarks, Preference, Prompt, Reference, Split
+from fgalign.core.raw_data import RawData, RawSplit, Truth
+from fgalign.core.schema import SPLITS, Demonstration, GoldMarks, Preference, Prompt, Reference, Split
 from fgalign.sources.simulator.people import prefers_first
 from fgalign.sources.simulator.world import Brief, render_prompt, sample_brief
 from fgalign.sources.simulator.writers import Answer, write_answer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
-from fgalign.schema import Span
+from fgalign.core.schema import Span
 from fgalign.sources.simulator.world import (
     ENDINGS,
     FACTS,

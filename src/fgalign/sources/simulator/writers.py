@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fgalign.schema import Span
+from fgalign.core.schema import Span
 from fgalign.sources.simulator.world import (
     ENDINGS,
     FACTS,

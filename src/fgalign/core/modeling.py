@@ -66,8 +66,8 @@ def set_up(config: RuntimeConfig) -> torch.device:
 
 def keep_freed_memory() -> bool:
     """Have the C library keep freed blocks of up to 256 MiB for the next tensors instead of giving them back to the
-    system and clearing their pages anew each time, which was a tenth of a small model's training; whether it does. Only
-    of glibc, whose ``mallopt`` this is (https://man7.org/linux/man-pages/man3/mallopt.3.html)."""
+    system and clearing their pages anew each time, which was 4 to 10% of a small model's training; whether it does.
+    Only of glibc, whose ``mallopt`` this is (https://man7.org/linux/man-pages/man3/mallopt.3.html)."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fgalign.tensor_ops import pad, position_ids
+from fgalign.core.tensor_ops import pad, position_ids
 
 
 class Rollout(NamedTuple):
@@ -197,7 +197,7 @@ def sample_all(
 def response_logps(model: Any, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of the response tokens under ``model`` at a sampling temperature: (B, T), any value outside
     the mask. Gradients flow."""
-    from fgalign.tensor_ops import token_logps
+    from fgalign.core.tensor_ops import token_logps
 
     logits = response_logits(model, rollout)
     return token_logps(logits / temperature, rollout.response_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fgalign.schema import (
+from fgalign.core.schema import (
     SPLITS,
     Demonstration,
     Edit,

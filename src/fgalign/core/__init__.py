@@ -1,0 +1,1 @@
+"""What every stage shares: records and their files, tokens, models, tensor operations, rollouts."""

@@ -1,0 +1,133 @@
+"""Stages that judge: answers to test prompts and answers given while training, by the profile's judge; labels by the
+truth. They open the test split and the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fgalign.config import Profile
+from fgalign.core.schema import CurveSample, Edit, Sample, read_records
+from fgalign.errors import InputError
+from fgalign.evaluation.config import EvaluationConfig
+from fgalign.evaluation.truth import initial_marks, read_truth, split_references
+from fgalign.io import read_json, write_csv, write_json
+from fgalign.tracking import track
+
+BUDGET = ("training_tokens", "sampled_tokens", "gradient_updates")
+
+
+def run_judge(profile: Profile, method: str) -> None:
+    """judge: the judge scores the responses; ``results/<profile>/metrics/judged/<method>.csv``. What the method spent
+    goes into ``metrics/budgets/<method>.csv`` (the initial model and SFT have no budget)."""
+    from fgalign.evaluation.judging import judged_rows, profile_judge
+
+    config = profile.section("evaluation", EvaluationConfig)
+    judge = profile_judge(profile, config.judge, config.judge_options)
+    references = {record.id: record for record in read_truth(profile.data / "gold" / "test").references}
+    samples = read_records(profile.data / "samples" / f"{method}.jsonl", Sample)
+    rows = judged_rows(samples, references, judge)
+    with track(profile, f"judge@{method}", None, {"judge": config.judge}) as run:
+        for name in ("score", "win", "kl", "tokens"):
+            run.log({name: sum(row[name] for row in rows) / len(rows)})
+        run.log(judge.counts())
+    write_csv(profile.results / "metrics" / "judged" / f"{method}.csv", rows)
+    if method in profile.params.get("methods", {}):
+        spent = [{"seed": seed, **read_budget(profile.model_folder(method, seed))} for seed in profile.seeds]
+        write_csv(profile.results / "metrics" / "budgets" / f"{method}.csv", spent)
+
+
+def read_budget(folder: Path) -> dict[str, int]:
+    """What the training of a model spent, from its ``budget.json``.
+
+    Raises:
+        InputError: no such file, or a count is missing.
+    """
+    path = folder / "budget.json"
+    spent = read_json(path)
+    missing = [name for name in BUDGET if not isinstance(spent.get(name), int)]
+    if missing:
+        raise InputError(f"{path}: expected the counts {', '.join(BUDGET)}; {missing[0]} is missing: train it again")
+    return {name: spent[name] for name in BUDGET}
+
+
+def run_curves(profile: Profile, methods: Sequence[str]) -> None:
+    """curves: the judge scores what policies answered to validation prompts while they trained; ``curves.csv``."""
+    from fgalign.evaluation.judging import judged_items, profile_judge
+
+    config = profile.section("evaluation", EvaluationConfig)
+    judge = profile_judge(profile, config.judge, config.judge_options)
+    references = {record.id: record for record in read_truth(profile.data / "gold" / "validation").references}
+    rows = []
+    for method in methods:
+        for seed in profile.seeds:
+            samples = read_records(profile.model_folder(method, seed) / "rollouts.jsonl", CurveSample)
+            for update in sorted({sample.update for sample in samples}):
+                here = [sample for sample in samples if sample.update == update]
+                verdicts = judge.verdicts(judged_items(here, references))
+                rows.append(
+                    {
+                        "method": method,
+                        "seed": seed,
+                        "update": update,
+                        "response_tokens": here[0].response_tokens,
+                        "gradient_updates": here[0].gradient_updates,
+                        "score": round(sum(verdict.score for verdict in verdicts) / len(here), 6),
+                        "win": round(sum(verdict.win for verdict in verdicts) / len(here), 6),
+                        "kl": round(sum(s.kl for s in here) / len(here), 6),
+                        "reward": round(sum(s.reward for s in here) / len(here), 6),
+                    }
+                )
+    with track(profile, "curves", None, {"judge": config.judge}) as run:
+        run.log({"rows": len(rows), **judge.counts()})
+    write_csv(profile.results / "metrics" / "curves.csv", rows)
+
+
+def run_label_quality(profile: Profile) -> None:
+    """label_quality: minimal-edit labels of the test edits' bad tokens against the truth; ``label_quality.json``."""
+    from fgalign.core.modeling import load_tokenizer
+    from fgalign.evaluation.labels import label_quality
+    from fgalign.labels import LabelConfig, label_edits
+
+    tokenizer = load_tokenizer(profile.model_folder("base"))
+    edits = read_records(profile.data / "edits" / "test.jsonl", Edit)
+    pairs = label_edits(tokenizer, edits, profile.section("labels", LabelConfig))
+    marks = initial_marks(profile.data / "gold" / "test")
+    quality = label_quality(tokenizer, edits, pairs, marks)
+    with track(profile, "label_quality", None, {}) as run:
+        run.log({key: value for key, value in quality.items() if isinstance(value, float)})
+    write_json(profile.results / "metrics" / "label_quality.json", quality)
+
+
+def run_samples(profile: Profile, methods: Sequence[str]) -> None:
+    """samples: a few test prompts with every method's answer (first seed) and its score; ``samples.json``."""
+    from fgalign.evaluation.judging import judged_items, profile_judge
+
+    config = profile.section("evaluation", EvaluationConfig)
+    judge = profile_judge(profile, config.judge, config.judge_options)
+    references = split_references(profile, "test")[: config.examples]
+    by_id = {record.id: record for record in references}
+    responses: dict[str, dict[str, str]] = {record.id: {} for record in references}
+    scores: dict[str, dict[str, float]] = {record.id: {} for record in references}
+    for method in methods:
+        samples = [
+            sample
+            for sample in read_records(profile.data / "samples" / f"{method}.jsonl", Sample)
+            if sample.seed == profile.seeds[0] and sample.id in by_id
+        ]
+        for sample, verdict in zip(samples, judge.verdicts(judged_items(samples, by_id)), strict=True):
+            responses[sample.id][method] = sample.response
+            scores[sample.id][method] = round(verdict.score, 6)
+    write_json(
+        profile.results / "samples.json",
+        [
+            {
+                "id": record.id,
+                "prompt": record.prompt,
+                "reference": record.reference,
+                "responses": responses[record.id],
+                "scores": scores[record.id],
+            }
+            for record in references
+        ],
+    )
