@@ -55,8 +55,8 @@ endif
 core: setup ## Only the core tables: labels, reward models, FIGA beside SFT and PPO, PPO three ways
 	@dvc repro labels_table figa_data figa_core xu_reward_models xu_win_rate xu_efficiency
 
-reproduce-all: reproduce ## After that the second pipeline: hyperparameter search, sweeps, label noise, over-optimisation
-	@dvc repro reproduce/sweeps/dvc.yaml
+reproduce-all: reproduce ## After that the second pipeline (search, sweeps, label noise, over-optimisation), claims with 12 seeds
+	@dvc repro reproduce/sweeps/dvc.yaml reproduce/profiles/more-seeds/dvc.yaml:claims@main
 	dvc repro --force --single-item paper@main index@main
 
 test: setup ## Run the tests

@@ -136,7 +136,7 @@ def write_more_metrics(profile: Profile, prompts: int = 60) -> None:
         for metric, less in (("accuracy_preference", 0.2), ("accuracy_edit", 0.0), ("token_auroc", 0.05))
         for seed in profile.seeds
     ]
-    write_csv(folder / "token_models.csv", "model,metric,seed,value", rows)
+    write_csv(profile.sweeps / "metrics" / "token_models.csv", "model,metric,seed,value", rows)
     write_overoptimisation(profile)
     write_credit(profile)
 

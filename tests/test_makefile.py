@@ -67,7 +67,10 @@ def test_help_is_the_default_and_names_every_target():
         (["check"], ["target=dvc.yaml", "dvc repro $target", "python reproduce/check.py --profile mini"]),
         (
             ["reproduce-all"],
-            ["dvc repro dvc.yaml", "dvc repro reproduce/sweeps/dvc.yaml"],
+            [
+                "dvc repro dvc.yaml",
+                "dvc repro reproduce/sweeps/dvc.yaml reproduce/profiles/more-seeds/dvc.yaml:claims@main",
+            ],
         ),
         (
             ["check", "TABLE=labels", "PROFILE=human"],

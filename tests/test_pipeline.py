@@ -299,7 +299,7 @@ def test_training_without_truth_and_test_split_gives_the_same_bytes(smoke: Path)
     assert lock.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["mini", "human", "smoke", "paper"])
+@pytest.mark.parametrize("name", ["mini", "more-seeds", "human", "smoke", "paper"])
 def test_every_section_of_every_profile_is_valid(name: str) -> None:
     from fgalign.annotate import get_annotator
     from fgalign.base_model import PretrainedConfig, ScratchConfig
@@ -347,6 +347,32 @@ def test_every_section_of_every_profile_is_valid(name: str) -> None:
     for key, get in named.items():
         options = {option: value for option, value in profile.params[key].items() if option != "name"}
         parse_section(options, get(profile.params[key]["name"]).config, key)
+
+
+def test_more_seeds_differs_from_mini_in_its_seeds_alone() -> None:
+    """Methods and variants are a part of those of mini, everything that decides their numbers the same."""
+    from fgalign.config import load_profile
+    from fgalign.report.claims import CLAIMS
+
+    mini, more = (load_profile(name, ROOT) for name in ("mini", "more-seeds"))
+    assert more.seeds[: len(mini.seeds)] == mini.seeds and len(more.seeds) == len(set(more.seeds)) == 12
+    apart = {"profile", "root", "params_file", "seeds", "report", "papers"}
+    fewer = {"token_models", "needed_token_models", "sweeps", "search", "methods", "studies"}
+    for key in set(mini.params) - apart - fewer:
+        assert more.params[key] == mini.params[key], key
+    for name, method in more.params["methods"].items():
+        assert method == {key: value for key, value in mini.params["methods"][name].items() if key != "search"}, name
+    for name, study in more.params["studies"].items():
+        theirs = mini.params["studies"][name]
+        assert {**study, "variants": None} == {**theirs, "variants": None}
+        assert study["variants"].items() <= theirs["variants"].items()
+        assert next(iter(study["variants"])) == next(iter(theirs["variants"]))
+    assert set(mini.params) == set(more.params)
+    # It has what each claim compares: those of mini that can be tested can be tested with more seeds.
+    for claim in CLAIMS:
+        assert [path.name for path in claim.files(more)] == [path.name for path in claim.files(mini)], claim.name
+        wanted = {path.stem for path in claim.files(mini) if path.parent.name == "judged"}
+        assert wanted <= {*more.params["methods"], "sft"}, claim.name
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,13 @@ from scipy.stats import t as student
 
 from fgalign.config import Profile
 from fgalign.errors import ConfigError, InputError
+from fgalign.io import write_text
 from fgalign.report.cells import Cell, cells_from_csv, cells_to_csv, display, layout, read_table
-from fgalign.report.claims import CLAIMS, build_claims, read_claims
+from fgalign.report.claims import CLAIMS, build_claims, claims_path, read_claims
 from fgalign.report.config import reinforced_methods, report_config
 from fgalign.report.figures import FIGURES, _band, _lines, build_figure
 from fgalign.report.index import Stage, row_source, run_names, write_index
-from fgalign.report.paper import build_paper, compile_typst
+from fgalign.report.paper import build_paper, compile_typst, paper_inputs
 from fgalign.report.reported import Reported, verdict
 from fgalign.report.style import METHODS, SPARE_MARKERS, method_styles, metric_style, row_label
 from fgalign.report.tables import TABLES, build_table, table_paths
@@ -603,7 +604,7 @@ def test_paper_is_rebuilt_to_the_byte_and_holds_our_numbers(built):
     assert entry["ours"] == f"{ours.mean:+.1f}".replace("-", "−")
     assert entry["reported"] == "+5.1"
     assert entry["verdict"] == verdict(Reported(5.1, "", ""), ours)
-    assert numbers["human"] is None
+    assert numbers["human"] is None and numbers["more_seeds"] is None
 
 
 def test_paper_shows_the_human_profile_once_it_has_tables(built, tmp_path):
@@ -623,6 +624,24 @@ def test_paper_shows_the_human_profile_once_it_has_tables(built, tmp_path):
     assert (root / "paper" / "figures" / "human_token_labels.pdf").exists()
     pages = compile_typst(root / "paper" / "main.typ", format="svg")
     assert len(pages) >= 4
+
+
+def test_paper_shows_the_claims_with_more_seeds_once_they_were_tested(built, tmp_path):
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(built.root, root)
+    without = build_paper(root)[3].read_bytes()
+    more = made_up.write_profile(root, "more-seeds")
+    assert build_paper(root)[3].read_bytes() == without
+    text = claims_path(built).read_text(encoding="utf-8")
+    write_text(claims_path(more), text.replace("cannot tell", "holds"))
+    build_paper(root)
+    shown = json.loads((root / "paper" / "generated" / "numbers.json").read_text())
+    assert shown["more_seeds"]["claims"]["counts"]["cannot tell"] == 0
+    assert shown["more_seeds"]["claims"]["rows"][0]["sentence"] == shown["main"]["claims"]["rows"][0]["sentence"]
+    assert claims_path(more) in paper_inputs(root)
+    assert (root / "paper" / "main.pdf").read_bytes() != without
 
 
 def test_paper_compiles_without_what_not_every_profile_has(built, tmp_path):
@@ -717,7 +736,7 @@ def pipeline(profile):
     deps = [src, "data/mini/studies/overoptimisation"]
     stages["overoptimisation"] = {**one, "deps": deps, "outs": [sweeps + "overoptimisation.csv"]}
     stages["benchmark"] = {**one, "deps": [src, "data/mini/models"], "outs": [metrics + "benchmarks"]}
-    stages["token_models"] = {**one, "outs": [metrics + "token_models.csv"]}
+    stages["token_models"] = {**one, "outs": [sweeps + "token_models.csv"]}
     stages["search"] = {**one, "outs": ["data/mini/search"]}
     stages["choose_search"] = {**one, "deps": [src, "data/mini/search"], "outs": [sweeps + "search.csv"]}
     stages["credit"] = {**one, "deps": [src, *(model(name) for name in made_up.PPO)], "outs": [metrics + "credit.csv"]}

@@ -293,7 +293,7 @@ def test_stages(profile):
     metrics = profile.results / "metrics"
     with open(metrics / "reward_models.csv") as file:
         usual = list(csv.DictReader(file))
-    with open(metrics / "token_models.csv") as file:
+    with open(profile.sweeps / "metrics" / "token_models.csv") as file:
         found = list(csv.DictReader(file))
     assert list(found[0]) == list(usual[0]) == ["model", "metric", "seed", "value"]
     assert [row for row in found if row["model"] == "rm_token"] == [row for row in usual if row["model"] == "rm_token"]

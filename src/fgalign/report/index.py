@@ -107,7 +107,7 @@ def _source(
 
 
 def write_index(root: Path) -> Path:
-    """Write ``results/INDEX.md`` for every profile whose tables were built; returns its path.
+    """Write ``results/INDEX.md`` for every profile whose tables or claims were built; returns its path.
 
     Raises:
         InputError: a table is missing in a profile that has others, or no stage writes a metrics file.
@@ -123,7 +123,7 @@ def write_index(root: Path) -> Path:
     for name in known_profiles(root):
         profile = load_profile(name, root)
         built = [table for table in TABLES if table_paths(profile, table)[0].exists()]
-        if built:
+        if built or claims_path(profile).exists():
             parts.append(f"## Profile `{name}`")
             parts.append(f"Experiment `fgalign-{name}`, seeds {' '.join(map(str, profile.seeds))}.")
             parts += [_section(profile, stages, table) for table in built]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 JUDGED_COLUMNS = ("id", "seed", "score", "reference_score", "win", "kl", "tokens", "truncated")
 CURVE_COLUMNS = ("update", "response_tokens", "gradient_updates", "score", "win", "kl", "reward")
-SWEEP_METRICS = ("search.csv", "overoptimisation.csv")
+SWEEP_METRICS = ("search.csv", "overoptimisation.csv", "token_models.csv")
 SIDES = ("initial", "revised", "reference")
 BUDGET_COLUMNS = ("training_tokens", "sampled_tokens")
 OVEROPTIMISATION_COLUMNS = ("kl", "proxy", "gold", "win")

@@ -22,12 +22,14 @@ from fgalign.report.style import metric_style, row_label
 from fgalign.report.tables import TABLES, blocks, table_paths
 
 HUMAN = "human"
+MORE_SEEDS = "more-seeds"
+"""The default profile with more seeds, for the claims alone."""
 
 
 def paper_inputs(root: Path) -> list[Path]:
     """The files that ``build_paper`` reads: the source, and of the default profile its samples, the tables and figures
     that every profile has, and those of the others that were built, with the claims; of the human profile what was
-    built."""
+    built; the claims with more seeds."""
     profile = load_profile(DEFAULT_PROFILE, root)
     paths = [root / "paper" / "main.typ", profile.file, profile.results / "samples.json"]
     paths += [path for name in _shown_tables(profile) for path in table_paths(profile, name)]
@@ -35,7 +37,8 @@ def paper_inputs(root: Path) -> list[Path]:
     human = _human(root)
     if human:
         paths += [human.file, *(path for _, path in _built_tables(human)), *_built_figures(human)]
-    return paths + [claims_path(item) for item in (profile, human) if item and claims_path(item).exists()]
+    tested = [claims_path(item) for item in (profile, human, _more_seeds(root)) if item]
+    return paths + [path for path in tested if path.exists()]
 
 
 def paper_outputs(root: Path) -> list[Path]:
@@ -92,6 +95,7 @@ def paper_numbers(profile: Profile, human: Profile | None) -> dict[str, Any]:
     return {
         "main": main,
         "human": _profile_numbers(human, list(dict(_built_tables(human)))) if human else None,
+        "more_seeds": _with_more_seeds(profile.root),
         "comparisons": _comparisons(profile),
         "published_figa_row": {"source": FIGA_SOURCE, "cells": [list(item) for item in FIGA_ROW.items()]},
         "sample": _sample(profile),
@@ -144,6 +148,13 @@ def _claims(profile: Profile) -> dict[str, Any] | None:
         "untested": untested(profile, results),
         "level": f"{LEVEL:g}",
     }
+
+
+def _with_more_seeds(root: Path) -> dict[str, Any] | None:
+    """The claims of the profile with more seeds, as ``_claims``, and how many seeds; None if they were not tested."""
+    profile = _more_seeds(root)
+    claims = _claims(profile) if profile else None
+    return {"name": MORE_SEEDS, "seeds": len(profile.seeds), "claims": claims} if profile and claims else None
 
 
 def _claim(result: Result) -> dict[str, str]:
@@ -240,6 +251,10 @@ def _human(root: Path) -> Profile | None:
         return None
     profile = load_profile(HUMAN, root)
     return profile if _built_tables(profile) else None
+
+
+def _more_seeds(root: Path) -> Profile | None:
+    return load_profile(MORE_SEEDS, root) if MORE_SEEDS in known_profiles(root) else None
 
 
 def _shown_tables(profile: Profile) -> list[str]:

@@ -14,7 +14,7 @@ SHOWN = ("seeds", "report", "methods", "token_models", "studies", "sweeps", "sea
 """Sections of a profile that tables and figures read: seeds, titles, which rows there are."""
 EVALUATED = ("evaluation", "seeds", "runtime")
 """Sections that sampling and judging read. A file of their own: so many stages sample and judge that parsing the whole
-profile for each was a tenth of what `dvc repro` takes when nothing has changed."""
+profile for each took half a second of every `dvc repro`."""
 SEARCHED = ("runtime", "methods", "search")
 """Sections that the hyperparameter search reads."""
 

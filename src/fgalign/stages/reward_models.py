@@ -94,7 +94,7 @@ def run_token_models(profile: Profile) -> None:
         return metrics
 
     rows = _metric_rows(profile, each_seed(profile.seeds, one, held_out.workers))
-    write_csv(profile.results / "metrics" / "token_models.csv", rows)
+    write_csv(profile.sweeps / "metrics" / "token_models.csv", rows)
 
 
 class RewardScores(NamedTuple):
