@@ -137,7 +137,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fgalign.stages.train import run_base, run_reward_model, run_sft
 
     root = tmp_path_factory.mktemp("repository")
-    params = yaml.safe_load((ROOT / "reproduce" / "profiles" / "smoke" / "params.yaml").read_text(encoding="utf-8"))
+    params = yaml.safe_load((ROOT / "tests" / "smoke" / "params.yaml").read_text(encoding="utf-8"))
     params["runtime"]["workers"] = 1
     # Two steps of 16. Several processes fill up the last step of an epoch with its first rows; one does not.
     params["methods"]["figa"]["pairs"] = 32

@@ -143,7 +143,7 @@ def test_training_depends_neither_on_the_truth_nor_on_the_test_split(stage: str)
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository, committed."""
+    """A copy of the repository with the profile smoke, committed."""
     root = tmp_path_factory.mktemp("repository")
     files = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
@@ -153,6 +153,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if source.exists() and not name.startswith(("results/", "tests/")):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, root / name, follow_symlinks=False)
+    profile = (root / SMOKE).parent
+    profile.mkdir()
+    shutil.copy2(ROOT / "tests" / "smoke" / "params.yaml", profile)
+    (root / SMOKE).symlink_to("../../../dvc.yaml")
     run(root, "git", "init", "-q")
     run(root, "git", "add", "-A")
     run(root, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-q", "-m", "copy")
@@ -300,7 +304,7 @@ def test_training_without_truth_and_test_split_gives_the_same_bytes(smoke: Path)
 
 
 @pytest.mark.parametrize("name", ["mini", "more-seeds", "human", "smoke", "paper"])
-def test_every_section_of_every_profile_is_valid(name: str) -> None:
+def test_every_section_of_every_profile_is_valid(name: str, copy: Path) -> None:
     from fgalign.annotate import get_annotator
     from fgalign.base_model import PretrainedConfig, ScratchConfig
     from fgalign.benchmarks import BenchmarkConfig
@@ -316,7 +320,7 @@ def test_every_section_of_every_profile_is_valid(name: str) -> None:
     from fgalign.stages.train import method_config, reward_config
     from fgalign.study import candidates, get_study
 
-    profile = load_profile(name, ROOT)
+    profile = load_profile(name, copy)
     for key, kind in {
         "runtime": RuntimeConfig,
         "labels": LabelConfig,
