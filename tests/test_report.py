@@ -794,6 +794,11 @@ def test_index_links_every_row_and_all_its_links_exist(built, tmp_path):
     subprocess.run([*git, "add", "results"], cwd=root, check=True)
     subprocess.run([*git, "commit", "-qm", "results"], cwd=root, check=True)
     assert write_index(root).read_text() == first
+    # Of another profile the claims alone were built: they are linked all the same.
+    more = made_up.write_profile(root, "more-seeds")
+    write_text(claims_path(more), claims_path(built).read_text(encoding="utf-8").splitlines(keepends=True)[0])
+    assert "## Profile `more-seeds`" in write_index(root).read_text()
+    assert "[claims.csv](more-seeds/claims.csv)" in write_index(root).read_text()
 
 
 def test_a_row_without_a_stage_is_an_error(built):
