@@ -93,7 +93,7 @@ for _ in range(48):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # 64 MiB are 16,384 pages, which glibc by itself maps anew for each of the 48 tensors. Kept, they serve again, but not
-    # all and not at once: a tensor that finds its place a little too small goes beside it (2 to 3 tensors here, 6 of the
-    # first 12 on another machine).
+    # 64 MiB are 16,384 pages, which glibc by itself maps anew for each of the 48 tensors. Kept, they serve again, but
+    # not all and not at once: a tensor that finds its place a little too small goes beside it (2 or 3 tensors here, 6
+    # of the first 12 on another machine).
     assert int(found.stdout) < 40 * 16_384
