@@ -24,7 +24,7 @@ from fgalign.report.index import Stage, row_source, run_names, write_index
 from fgalign.report.paper import build_paper, compile_typst, paper_inputs
 from fgalign.report.reported import Reported, verdict
 from fgalign.report.style import METHODS, SPARE_MARKERS, method_styles, metric_style, row_label
-from fgalign.report.tables import TABLES, build_table, table_paths
+from fgalign.report.tables import TABLES, blocks, build_table, table_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,6 +140,7 @@ def test_reward_models_by_hand(profile):
     rows = [[model, "accuracy_edit", seed, 0.75] for model in models for seed in (1, 2, 3)]
     rows += [["rm_token", "token_recall", seed, value] for seed, value in ((1, 0.7), (2, 0.8), (3, 0.9))]
     rows += [["rm_token", "token_auroc", seed, 0.9] for seed in (1, 2, 3)]
+    rows += [["rm_token", "token_auroc:Wrong-Grounding", seed, value] for seed, value in ((1, 0.6), (2, 0.7), (3, 0.8))]
     made_up.write_csv(path, "model,metric,seed,value", rows)
     pairs = {(model, "accuracy_edit"): [[1] * 12 + [0] * 4] * 3 for model in models}
     made_up.write_reward_pairs(profile, pairs)
@@ -150,6 +151,13 @@ def test_reward_models_by_hand(profile):
     assert (recall.mean, recall.high) == (80.0, 100.0)
     assert recall.low == pytest.approx(80 - 4.302653 * 10 / 3**0.5, abs=1e-4)
     assert cells["rm_token", "token_auroc"].mean == 0.9
+    # By kind of flaw below the others, in a block of its own: standard deviation 0.1.
+    kind = cells["rm_token", "token_auroc:Wrong-Grounding"]
+    assert (kind.mean, kind.low) == (0.7, pytest.approx(0.7 - 4.302653 * 0.1 / 3**0.5, abs=1e-4))
+    first, second = blocks(profile, "xu_reward_models", list(cells.values()))
+    assert (second.title, second.header) == ("AUROC by kind of flaw", ("Wrong grounding",))
+    assert [method for method, _ in second.rows] == ["rm_token"] and len(first.rows) == 3
+    assert metric_style("benchmark_qa_truthfulness__acc").title == "QA truthfulness: accuracy (%)"
     # 12 of 16 pairs, the same at every seed, so all variance is the pairs': 0.75 * 0.25 * 16 / 15 = 0.2 of one pair,
     # 0.0125 of the mean of 16; the half width is t(0.975, 15) = 2.131450 times its root.
     accuracy = cells["rm_edit", "accuracy_edit"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 
 import pytest
@@ -283,6 +284,7 @@ def profile(make_model, tmp_path):
 
 def test_stages(profile):
     from fgalign.rewards import LEVELS
+    from fgalign.stages.judge import run_label_quality
     from fgalign.stages.reward_models import run_reward_models, run_token_models
     from fgalign.stages.train import run_reward_model
 
@@ -290,6 +292,7 @@ def test_stages(profile):
         run_reward_model(profile, name)
     run_reward_models(profile)
     run_token_models(profile)
+    run_label_quality(profile)
     metrics = profile.results / "metrics"
     with open(metrics / "reward_models.csv") as file:
         usual = list(csv.DictReader(file))
@@ -298,6 +301,9 @@ def test_stages(profile):
     assert list(found[0]) == list(usual[0]) == ["model", "metric", "seed", "value"]
     assert [row for row in found if row["model"] == "rm_token"] == [row for row in usual if row["model"] == "rm_token"]
     names = ["accuracy_preference", "accuracy_edit", "token_auroc", "token_precision", "token_recall"]
+    kinds = list(json.loads((metrics / "label_quality.json").read_text())["by_type"])
+    names += [f"token_auroc:{kind}" for kind in kinds]
+    assert {"untruthful", "rude"} <= set(kinds)
     models = ("rm_token", "tm_regression", "tm_binary")
     expected = [(seed, model, name) for seed in "12" for model in models for name in names]
     # Precision is left out where no token is said to be bad.
@@ -313,6 +319,17 @@ def test_stages(profile):
             mine = [float(pair["correct"]) for pair in pairs if all(pair[name] == row[name] for name in key)]
             assert set(mine) <= {0.0, 0.5, 1.0}
             assert float(row["value"]) == pytest.approx(sum(mine) / len(mine), abs=1e-6)
+
+
+def test_auroc_by_kind_by_hand():
+    from fgalign.stages.reward_models import auroc_by_kind
+
+    rewards = [-1.0, -0.5, 0.2, 0.1, -0.6]
+    kinds = [{"rude"}, set(), {"padding"}, set(), {"padding", "rude"}]
+    # Sound: -0.5 and 0.1. Rude: -1 and -0.6, both below both. Padding: 0.2 above both, -0.6 below both.
+    assert auroc_by_kind(rewards, kinds) == {"padding": 0.5, "rude": 1.0}
+    assert auroc_by_kind([0.1, 0.2], [{"rude"}, {"rude"}]) == {"rude": None}
+    assert auroc_by_kind([0.1], [set()]) == {}
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,9 @@ BENCHMARK = "benchmark_"
 """Start of the metric of a benchmark: ``benchmark_<task>__<measure>``."""
 BENCHMARK_RATES = {"acc": "accuracy", "acc_norm": "accuracy by length", "pct_stereotype": "stereotyped"}
 """Measures of the evaluation harness that are shares (0 to 1), shown in percent, as a column's title says them."""
+TOKEN_AUROC = "token_auroc"
+"""Metric of a token-level reward model; ``token_auroc:<kind>`` is that of one kind of flaw."""
+ABBREVIATIONS = ("qa",)
 YES_NO = "yes/no"
 """Unit of a metric that is 1 or 0 and shown as a tick or nothing."""
 
@@ -174,11 +177,14 @@ def labeller(profile: Profile, table: str) -> Callable[[str], str]:
 
 
 def metric_style(name: str) -> MetricStyle:
-    """Style of a metric; a benchmark's names task and measure, any other that is not listed gets its name."""
+    """Style of a metric; a benchmark's names task and measure, an AUROC by kind of flaw the kind, any other that is not
+    listed gets its name."""
     if name.startswith(BENCHMARK):
         task, _, measure = name.removeprefix(BENCHMARK).partition("__")
         label = f"{_words(task)}: {BENCHMARK_RATES.get(measure, measure.replace('_', ' '))}"
         return MetricStyle(label, "%", 1) if measure in BENCHMARK_RATES else MetricStyle(label, "", 3)
+    if name.startswith(f"{TOKEN_AUROC}:"):
+        return MetricStyle(_words(name.partition(":")[2].replace("-", "_")), "", 3)
     return METRICS.get(name) or MetricStyle(_words(name), "", 3)
 
 
@@ -194,4 +200,5 @@ def _spare(name: str, place: int) -> MethodStyle:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").capitalize()
+    first, *rest = name.lower().split("_")
+    return " ".join([first.upper() if first in ABBREVIATIONS else first.capitalize(), *rest])

@@ -20,7 +20,7 @@ from fgalign.report.cells import Block, Cell, blocks_to_tex, cells_to_csv, layou
 from fgalign.report.config import CORE_METHODS, PLAIN_PPO, SFT, SWEEPS, reinforced_methods, report_config, variants
 from fgalign.report.inputs import Grid, metrics_path
 from fgalign.report.reported import REPORTED, reported_value
-from fgalign.report.style import BENCHMARK, BENCHMARK_RATES, labeller, method_style
+from fgalign.report.style import BENCHMARK, BENCHMARK_RATES, TOKEN_AUROC, labeller, method_style
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,7 @@ SHARES = (*PAIR_SHARES, "token_precision", "token_recall")
 
 
 QUALITY, BUDGETS = "Quality", "Budget and tasks"
+BY_KIND = "AUROC by kind of flaw"
 BEST, LAST = "At the best gold score", "At the last update"
 
 
@@ -323,6 +324,10 @@ def _label_file(profile: Profile, method: str) -> list[Path]:
     return [metrics_path(profile, "label_statistics.json" if method.startswith("split:") else "label_quality.json")]
 
 
+def _by_kind(profile: Profile, cell: Cell) -> str:
+    return BY_KIND if cell.metric.startswith(f"{TOKEN_AUROC}:") else ""
+
+
 def _study(study: str, title: str) -> Table:
     def block(profile: Profile, cell: Cell) -> str:
         methods = list(dict.fromkeys(variant.method for variant in variants(profile, study).values()))
@@ -357,8 +362,11 @@ TABLES: dict[str, Table] = {
         "Reward models",
         xu_reward_models,
         lambda profile, row: [metrics_path(profile, f"{name}.csv") for name in ("reward_models", "reward_pairs")],
+        block=_by_kind,
     ),
-    "xu_token_models": Table("Token-level reward models", xu_token_models, _one_file("token_models.csv"), core=False),
+    "xu_token_models": Table(
+        "Token-level reward models", xu_token_models, _one_file("token_models.csv"), block=_by_kind, core=False
+    ),
     "xu_win_rate": Table("Win rate of PPO three ways", xu_win_rate, _judged_file),
     "xu_extensions": Table("Other rewards and advantages", xu_extensions, _judged_file),
     "xu_efficiency": Table("Training efficiency of PPO three ways", xu_efficiency, _one_file("curves.csv")),
@@ -451,7 +459,7 @@ def _model_cells(table: str, profile: Profile, models: inputs.PerSeed) -> list[C
     for model, metrics in models.items():
         for metric, values in metrics.items():
             share = metric in SHARES
-            bounds = UNIT_RANGE if share or metric == "token_auroc" else None
+            bounds = UNIT_RANGE if share or metric.partition(":")[0] == TOKEN_AUROC else None
             cells.append(_over_seeds(table, model, metric, values, profile.seeds, PERCENT if share else 1.0, bounds))
     return cells
 

@@ -13,6 +13,8 @@ from fgalign.evaluation.truth import initial_marks, read_truth
 from fgalign.io import write_csv, write_json
 from fgalign.tracking import track
 
+TOKEN_AUROC = "token_auroc"
+
 
 def run_reward_models(profile: Profile) -> None:
     """reward_models: accuracy of every reward model on held-out pairs (``reward_models.csv``; pair by pair
@@ -116,7 +118,7 @@ class HeldOut:
     def __init__(self, profile: Profile) -> None:
         from fgalign.core.modeling import RuntimeConfig, load_tokenizer, seed_workers, set_up
         from fgalign.core.tokens import encode_prompt, encode_response
-        from fgalign.evaluation.labels import gold_tokens
+        from fgalign.evaluation.labels import gold_types
         from fgalign.labels import LabelConfig, label_edits
 
         self.profile = profile
@@ -129,7 +131,8 @@ class HeldOut:
         self.edits = read_records(profile.data / "edits" / "test.jsonl", Edit)[: self.config.pairs]
         self.pairs = label_edits(self.tokenizer, self.edits, profile.section("labels", LabelConfig))
         marks = initial_marks(profile.data / "gold" / "test")
-        self.truth = [gold_tokens(self.tokenizer, edit.initial, marks[edit.id]) for edit in self.edits]
+        self.kinds = [gold_types(self.tokenizer, edit.initial, marks[edit.id]) for edit in self.edits]
+        self.truth = [[bool(kinds) for kinds in row] for row in self.kinds]
         self.ids = {
             "accuracy_preference": [record.id for record in preferences],
             "accuracy_edit": [edit.id for edit in self.edits],
@@ -152,7 +155,8 @@ class HeldOut:
 
     def measure(self, reward: Any, level: str) -> RewardScores:
         """Accuracy on preferences and on edits; at the level ``token`` also AUROC, precision and recall of negative
-        rewards against the truth about the tokens of initial responses."""
+        rewards against the truth about the tokens of initial responses, and as ``token_auroc:<kind>`` the AUROC of
+        tokens with each kind of flaw against those without any."""
         from fgalign.evaluation.statistics import auroc, precision_recall
         from fgalign.rewards.scoring import raw_rewards
 
@@ -179,12 +183,29 @@ class HeldOut:
         flat = [value for row in token_rewards for value in row[:-1]]
         quality = precision_recall([value < 0 for value in flat], bad)
         found = {
-            "token_auroc": auroc([-value for value in flat], bad),
+            TOKEN_AUROC: auroc([-value for value in flat], bad),
             "token_precision": quality.precision,
             "token_recall": quality.recall,
         }
+        by_kind = auroc_by_kind(flat, [kinds for row in self.kinds for kinds in row[:-1]])
+        found |= {f"{TOKEN_AUROC}:{name}": value for name, value in by_kind.items()}
         metrics |= {key: value for key, value in found.items() if value is not None}
         return RewardScores(metrics, correct, initial, revised, token_rewards)
+
+
+def auroc_by_kind(rewards: Sequence[float], kinds: Sequence[set[str]]) -> dict[str, float | None]:
+    """For each kind of flaw, in alphabetical order, the AUROC with which low rewards tell the tokens that have it,
+    maybe among others, from those without any flaw; ``kinds`` are the flaws of each token. None where all tokens are
+    flawed."""
+    from fgalign.evaluation.statistics import auroc
+
+    found = {}
+    for name in sorted(set().union(*kinds)):
+        kept = [
+            (-reward, name in mine) for reward, mine in zip(rewards, kinds, strict=True) if name in mine or not mine
+        ]
+        found[name] = auroc([score for score, _ in kept], [flawed for _, flawed in kept])
+    return found
 
 
 def ranked(better: Any, worse: Any) -> list[float]:
