@@ -206,6 +206,21 @@ def test_what_a_stage_reads_some_stage_writes(read_once) -> None:
                 assert found, f"{stage.address}: no stage writes {dep}"
 
 
+def test_the_committed_index_names_stages_that_write_what_it_links(read_once) -> None:
+    stages = {stage.address: stage for stage in read_once(ROOT)}
+    rows = re.findall(
+        r"^\| (?!row |claim |-)(.+) \|$", (ROOT / "results" / "INDEX.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert len(rows) > 100
+    for row in rows:
+        _, named, config, seeds, metrics, runs, commit = row.split(" | ")
+        chain = [stages[name] for name in re.findall(r"`([^`]+)`", named)]
+        for link in re.findall(r"\]\(([^)]+)\)", metrics):
+            assert any(f"results/{link}".startswith(out) for stage in chain for out in stage.outs), (row, link)
+        assert "params.yaml](" in config and re.fullmatch(r"none|\d+( \d+)*", seeds), row
+        assert (runs.startswith("`") or not runs) and re.fullmatch(r"`[0-9a-f]{12}`", commit), row
+
+
 def environment(root: Path, programs: Path | None = None) -> dict[str, str]:
     """Of a program in the copy: its package, this interpreter's programs, before them those of a folder."""
     path = [programs, Path(sys.executable).parent, os.environ["PATH"]]

@@ -23,7 +23,8 @@ from fgalign.ppo_trainer import GLOSSARY
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("README.md")])
+PAGES = [ROOT / "README.md", ROOT / "results" / "INDEX.md"]
+PAGES += sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("README.md")])
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 SNIPPETS = [code for language, code in BLOCKS if language == "python"]
 
