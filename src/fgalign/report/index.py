@@ -20,6 +20,7 @@ from fgalign.io import write_text
 from fgalign.report.cells import Cell, read_table
 from fgalign.report.claims import claim_files, claims_path, read_claims
 from fgalign.report.config import variants
+from fgalign.report.settings import RECIPE
 from fgalign.report.style import row_label
 from fgalign.report.tables import TABLES, table_paths
 
@@ -182,12 +183,14 @@ def _line(title: str, source: Source, seeds: Iterable[int], profile: Profile, he
 
 
 def _config(source: Source, profile: Profile, here: Path) -> str:
-    """Parameter files with the sections that the row's stages name; the profile's own file where they name none."""
+    """Parameter files with the sections that the row's stages name, the profile's own in the place of the copy that
+    they read; the profile's own file where they name none."""
+    own, recipe = (_relative(path, profile.root) for path in (profile.file, profile.data / RECIPE))
     keys: dict[str, dict[str, None]] = {}
     for stage in source.stages:
         for file, names in stage.params:
-            keys.setdefault(file, {}).update(dict.fromkeys(names))
-    keys = keys or {_relative(profile.file, profile.root): {}}
+            keys.setdefault(own if file == recipe else file, {}).update(dict.fromkeys(names))
+    keys = keys or {own: {}}
     return "; ".join(
         " ".join([_link(profile.root / file, here), *(f"`{name}`" for name in names)]) for file, names in keys.items()
     )

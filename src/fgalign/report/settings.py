@@ -15,15 +15,16 @@ SHOWN = ("seeds", "report", "methods", "token_models", "studies", "sweeps", "sea
 EVALUATED = ("evaluation", "seeds", "runtime")
 """Sections that sampling and judging read. A file of their own: so many stages sample and judge that parsing the whole
 profile for each took half a second of every `dvc repro`."""
+RECIPE = "recipe.json"
 SEARCHED = ("runtime", "methods", "search")
 """Sections that the hyperparameter search reads."""
 
 
 def write_settings(profile: Profile) -> list[Path]:
     """Write into ``data/<profile>``: ``evaluation.json``, what answers are sampled and judged with; ``settings.json``,
-    what tables and figures show; ``recipe.json``, everything, for the paper and the index; ``search.json``, what the
-    hyperparameter search starts from, without the values that it is to choose: entering its choice does not make it run
-    again. Returns their paths."""
+    what tables and figures show; ``recipe.json``, everything, for the paper and for the parameters of the other stages,
+    which DVC reads from it; ``search.json``, what the hyperparameter search starts from, without the values that it is
+    to choose: entering its choice does not make it run again. Returns their paths."""
     params = profile.params
 
     def sections(names: tuple[str, ...]) -> dict[str, Any]:
