@@ -11,18 +11,13 @@ from fgalign.errors import InputError
 from fgalign.evaluation.statistics import precision_recall
 
 
-def gold_tokens(tokenizer: Any, text: str, marks: GoldMarks) -> list[bool]:
-    """Whether each token of a response (its end token last, never flawed) overlaps a marked span in more than white
-    space.
+def gold_types(tokenizer: Any, text: str, marks: GoldMarks) -> list[set[str]]:
+    """The flaw types of each token of a response, its end token (never flawed) last: those of the marked spans that it
+    overlaps in more than white space.
 
     Raises:
         InputError: the marks are about another text.
     """
-    return [bool(kinds) for kinds in gold_types(tokenizer, text, marks)]
-
-
-def gold_types(tokenizer: Any, text: str, marks: GoldMarks) -> list[set[str]]:
-    """The flaw types of each token, see ``gold_tokens``."""
     if marks.text != text:
         raise InputError(f"gold marks {marks.id!r} are about another text than the response; make both again")
     kinds: list[set[str]] = []

@@ -31,14 +31,14 @@ def write_settings(profile: Profile) -> list[Path]:
         return {key: params[key] for key in names if key in params}
 
     contents = {
-        "evaluation": sections(EVALUATED),
-        "settings": sections(SHOWN),
-        "recipe": params,
-        "search": without_choices(sections(SEARCHED)),
+        "evaluation.json": sections(EVALUATED),
+        "settings.json": sections(SHOWN),
+        RECIPE: params,
+        "search.json": without_choices(sections(SEARCHED)),
     }
     for name, content in contents.items():
-        write_json(profile.data / f"{name}.json", content)
-    return [profile.data / f"{name}.json" for name in contents]
+        write_json(profile.data / name, content)
+    return [profile.data / name for name in contents]
 
 
 def without_choices(params: dict[str, Any]) -> dict[str, Any]:
