@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fgalign.core.modeling import load_causal_lm
 from fgalign.core.rollout import Rollout, response_logps
 from fgalign.errors import ConfigError, TrainingError
 from fgalign.ppo_trainer import GLOSSARY, Experience, FineGrainedPPOConfig, FineGrainedPPOTrainer
+from fgalign.rewards import reward_function
 
 WANTED = 7
 PROMPTS = [[2 + (3 * n + k) % 28 for k in range(1 + n % 4)] for n in range(12)]
@@ -286,8 +288,11 @@ def test_microbatches_are_of_like_length(make_trainer, make_model):
     trainer, experience = moved_trainer(make_trainer, make_model, microbatch_size=2, max_grad_norm=1e9)
     shorter = torch.arange(6) < tensor([3, 6, 1, 5, 2, 6, 4, 1]).unsqueeze(1)
     experience = replace(experience, rollout=experience.rollout._replace(response_mask=shorter))
-    widths, forward = [], trainer._forward
-    trainer._forward = lambda rollout: (widths.append(rollout.response_ids.shape[1]), forward(rollout))[1]
+    widths, losses = [], trainer._losses
+    trainer._losses = lambda model, rollout, *rest: (
+        widths.append(rollout.response_ids.shape[1]),
+        losses(model, rollout, *rest),
+    )[1]
     trainer.minibatch_step(experience, tensor([5, 0, 2, 3, 6]))  # of 6, 3, 1, 5 and 4 tokens
     assert widths == [3, 5, 6]
 
@@ -542,6 +547,61 @@ def test_bf16(make_trainer):
         assert all(math.isfinite(value) for value in logs[-1].values())
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"reward": count, "epochs": 1, "temperature": 0.7, "microbatch_size": 2}])
+def test_compiled_is_the_same_up_to_rounding(make_trainer, make_model, monkeypatch, options):
+    # Traced and differentiated ahead of time, as ever, but run op by op: writing kernels takes half a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    logs = {False: [], True: []}
+    for compiled, kept in logs.items():
+        policy, reference = (make_model(0, num_hidden_layers=1) for _ in range(2))
+        told = {"log": lambda s, _, kept=kept: kept.append(s), "compile": compiled}
+        make_trainer(model=policy, ref_model=reference, **told, **options).train()
+    for plain, fast in zip(logs[False], logs[True], strict=True):
+        for name in set(plain) - {"time/rollout", "time/scoring", "time/update"}:
+            assert fast[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-4), name
+    assert logs[True][-1]["policy/loss"] != 0
+
+
+def test_compiled_for_real(make_trainer, make_model):
+    # The default backend, which writes and compiles C++; one layer, and the update alone, to keep that short.
+    plain, fast = (
+        make_trainer(count, model=make_model(0, num_hidden_layers=1), compile=compiled) for compiled in (False, True)
+    )
+    experience, _ = plain.make_experience(fixed_rollout())
+    chunk = torch.arange(len(fixed_rollout().truncated))
+    expected = plain.minibatch_step(experience, chunk)
+    assert fast.minibatch_step(experience, chunk) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_reward_model_is_compiled_too(make_trainer, make_model):
+    model = make_model(3, kind="sequence", num_labels=1)
+    make_trainer(reward_function(model, "sequence"))
+    assert model._compiled_call_impl is None
+    make_trainer(reward_function(model, "sequence"), compile=True)
+    assert model._compiled_call_impl is not None
+
+
+def test_compiled_adapter_can_be_switched_off(make_trainer, make_model, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    rollout = fixed_rollout()
+    mask = rollout.response_mask
+    model = make_model(0, num_hidden_layers=1)
+    before = response_logps(model, rollout)[mask].detach()
+    trainer = make_trainer(count, model=model, ref_model=None, peft_config=lora(), compile=True)
+    with torch.no_grad():
+        for name, value in trainer.policy.named_parameters():
+            if "lora_B" in name:
+                value.fill_(0.1)
+    close(trainer.ref_logps(rollout)[mask], before)
+    assert (trainer.logps(rollout)[mask] - before).abs().max() > 1e-3
+
+
+def test_compiling_needs_a_compiler(make_trainer, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"compile: .* needs a C[+][+] compiler on the CPU, found none"):
+        make_trainer(compile=True)
 
 
 def test_lora(make_trainer, make_model, tmp_path):

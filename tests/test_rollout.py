@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import tensor
 
 from fgalign.core.rollout import (
+    CompiledDecoder,
     Rollout,
     response_logits,
     response_logps,
@@ -38,7 +40,7 @@ def rollout_of(prompts, responses, extra_left=0, extra_right=0):
     return Rollout(*(field[:-1] for field in fields), torch.zeros(len(prompts) - 1, dtype=torch.bool))
 
 
-def sample(model, prompts, uniform, temperature=1.0):
+def sample(model, prompts, uniform, temperature=1.0, decoder=None):
     return sample_responses(
         model,
         pad(prompts, 0, side="left"),
@@ -47,6 +49,7 @@ def sample(model, prompts, uniform, temperature=1.0):
         eos_token_id=1,
         pad_token_id=0,
         temperature=temperature,
+        decoder=decoder,
     )
 
 
@@ -187,6 +190,19 @@ def test_agrees_with_a_plain_loop(make_model, temperature):
     assert rollout.response_lists() == expected
     assert rollout.truncated.tolist() == [1 not in row for row in expected]
     assert len({len(row) for row in expected}) > 1  # the test would say little if all were equally long
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_compiled_decoder_draws_the_same(make_model, monkeypatch, temperature):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = make_model(vocab_size=12)
+    prompts = [[token % 12 for token in prompt] for prompt in PROMPTS]
+    decoder = CompiledDecoder(model)
+    for seed, rows in ((1, 5), (2, 5), (3, 3)):  # one cache twice, and another
+        uniform = uniforms(rows, BUDGET, torch.Generator().manual_seed(seed))
+        expected, found = (sample(model, prompts[:rows], uniform, temperature, with_) for with_ in (None, decoder))
+        assert found.response_lists() == expected.response_lists()
+    assert sorted(decoder._caches) == [(3, 64), (5, 64)]  # prompts and responses have fewer than 64 tokens
 
 
 def test_agrees_with_greedy_generate(make_model):

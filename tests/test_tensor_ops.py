@@ -16,6 +16,7 @@ from fgalign.core.tensor_ops import (
     masked_sum,
     pad,
     position_ids,
+    tempered,
     token_logps,
     whiten,
 )
@@ -134,6 +135,38 @@ def test_token_logps_and_entropy():
     close(entropy(logits), [[0.562335, 0.562335]], 1e-5)
     assert token_logps(logits.bfloat16(), tensor([[0, 1]])).dtype == torch.float32
     assert entropy(logits.bfloat16()).dtype == torch.float32
+
+
+def test_gradient_of_token_logps():
+    # With probabilities 1/4 and 3/4: 1 - 1/4 and -3/4 for the first token, -1/4 and 1 - 3/4 for the second; times 2.
+    logits = tensor([[0.0, math.log(3)], [0.0, math.log(3)]], requires_grad=True)
+    (2 * token_logps(logits, tensor([0, 1]))).sum().backward()
+    close(logits.grad, [[1.5, -1.5], [-0.5, 0.5]])
+
+
+def plain_logps(logits, ids):
+    logits = logits.float()
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_logps_is_bit_by_bit_what_autograd_gives(dtype):
+    generator = torch.Generator().manual_seed(0)
+    start = (3 * torch.randn(4, 5, 300, generator=generator)).to(dtype)
+    ids, weights = torch.randint(300, (4, 5), generator=generator), torch.randn(4, 5, generator=generator)
+    found = []
+    for function in (token_logps, plain_logps):
+        logits = start.clone().requires_grad_()
+        logps = function(logits, ids)
+        (weights * logps).sum().backward()
+        found.append((logps.detach(), logits.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_tempered():
+    logits = tensor([[1.0, 3.0]])
+    close(tempered(logits, 0.5), [[2.0, 6.0]])
+    assert tempered(logits, 1.0) is logits
 
 
 def test_pad():

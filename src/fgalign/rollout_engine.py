@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fgalign.core.rollout import Rollout, as_rollout, concatenate, sample_responses
+from fgalign.core.rollout import CompiledDecoder, Rollout, as_rollout, concatenate, sample_responses
 from fgalign.core.tensor_ops import pad
 from fgalign.errors import ConfigError, TrainingError
 
@@ -50,7 +50,7 @@ def choose_engine(name: str) -> str:
 
 class TransformersEngine:
     """Samples from the policy itself, at most ``batch_size`` responses at once. ``gathered`` makes a context in which
-    its weights are whole."""
+    its weights are whole; ``compiled`` runs it through ``rollout.CompiledDecoder``."""
 
     def __init__(
         self,
@@ -61,9 +61,11 @@ class TransformersEngine:
         eos_token_id: int,
         pad_token_id: int,
         batch_size: int | None = None,
+        compiled: bool = False,
     ) -> None:
         self.policy, self.gathered, self.device, self.batch_size = policy, gathered, device, batch_size
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        self.decoder = CompiledDecoder(policy()) if compiled else None
 
     def sync(self) -> None:
         """Nothing to do: the policy is its own."""
@@ -83,6 +85,7 @@ class TransformersEngine:
                     eos_token_id=self.eos_token_id,
                     pad_token_id=self.pad_token_id,
                     temperature=temperature,
+                    decoder=self.decoder,
                 )
                 parts.append(part)
         return concatenate(parts, self.pad_token_id)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fgalign.core.tensor_ops import pad, position_ids
+from fgalign.core.tensor_ops import pad, position_ids, tempered, token_logps
 
 
 class Rollout(NamedTuple):
@@ -112,6 +112,65 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor
     return drawn.clamp(max=logits.shape[-1] - 1)
 
 
+class Decoder:
+    """Forward passes of sampling, one after the other on the same rows, with a key-value cache that grows."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.cache: Any = None
+
+    def start(self, rows: int, width: int) -> None:
+        """Forget what came before; prompts and responses will be ``rows`` of at most ``width`` tokens together."""
+        self.cache = None
+
+    def step(self, ids: Tensor, mask: Tensor, positions: Tensor, seen: int) -> Tensor:
+        """Logits (B, V) after the new ``ids`` (B, S) at their ``positions``; ``mask`` (B, width) is True at the real
+        ones of the first ``seen`` tokens, these included."""
+        return self._logits(self.model, ids, mask[:, :seen], positions)
+
+    def _logits(self, model: Any, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = output.past_key_values
+        return output.logits[:, -1]
+
+
+class CompiledDecoder(Decoder):
+    """A decoder whose passes over one token a row go through torch.compile, with a key-value cache of fixed size: a
+    multiple of ``BLOCK``, so that few shapes are compiled (torch compiles some ten seconds for each)."""
+
+    BLOCK = 64
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._compiled = torch.compile(model, dynamic=False)
+        self._caches: dict[tuple[int, int], Any] = {}
+        self._padding = 0
+
+    def start(self, rows: int, width: int) -> None:
+        """See ``Decoder``. A cache is kept for the next rows of its size: what is compiled is bound to its memory."""
+        from transformers import StaticCache
+
+        length = -(-width // self.BLOCK) * self.BLOCK
+        self._padding = length - width
+        if (rows, length) in self._caches:
+            self._caches[rows, length].reset()
+        else:
+            self._caches[rows, length] = StaticCache(config=self.model.config, max_cache_len=length)
+        self.cache = self._caches[rows, length]
+
+    def step(self, ids: Tensor, mask: Tensor, positions: Tensor, seen: int) -> Tensor:
+        """See ``Decoder``."""
+        mask = torch.nn.functional.pad(mask, (0, self._padding))
+        return self._logits(self._compiled if ids.shape[1] == 1 else self.model, ids, mask, positions)
+
+
 @torch.no_grad()
 def sample_responses(
     model: Any,
@@ -122,6 +181,7 @@ def sample_responses(
     eos_token_id: int,
     pad_token_id: int,
     temperature: float = 1.0,
+    decoder: Decoder | None = None,
 ) -> Rollout:
     """Sample one response a prompt, of at most ``uniform.shape[1]`` tokens.
 
@@ -129,36 +189,30 @@ def sample_responses(
         model: causal language model of transformers, on the device of the ids.
         prompt_ids, prompt_mask: (B, P), left-padded.
         uniform: (B, T) random numbers, see ``uniforms``.
+        decoder: what runs the model (None: a new ``Decoder``).
     """
     rows, budget = uniform.shape
-    device = prompt_ids.device
+    width, device = prompt_ids.shape[1], prompt_ids.device
     was_training = model.training
     model.eval()
-    mask = prompt_mask.long()
+    decoder = decoder or Decoder(model)
+    decoder.start(rows, width + budget)
+    mask = torch.nn.functional.pad(prompt_mask.long(), (0, budget))
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    ids, positions = prompt_ids, position_ids(mask)
-    cache = None
+    ids, positions = prompt_ids, position_ids(prompt_mask)
     tokens, masks = [], []
     for step in range(budget):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = output.past_key_values
-        drawn = sample_tokens(output.logits[:, -1], uniform[:, step], temperature)
+        logits = decoder.step(ids, mask, positions, width + step)
+        drawn = sample_tokens(logits, uniform[:, step], temperature)
         drawn = torch.where(finished, pad_token_id, drawn)
         tokens.append(drawn)
         masks.append(~finished)
+        mask[:, width + step] = masks[-1]
         finished = finished | (drawn == eos_token_id)
         if bool(finished.all()):
             break
         ids = drawn.unsqueeze(-1)
         positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, masks[-1].long().unsqueeze(-1)], dim=1)
     model.train(was_training)
     return Rollout(prompt_ids, prompt_mask.bool(), torch.stack(tokens, 1), torch.stack(masks, 1), ~finished)
 
@@ -197,10 +251,7 @@ def sample_all(
 def response_logps(model: Any, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of the response tokens under ``model`` at a sampling temperature: (B, T), any value outside
     the mask. Gradients flow."""
-    from fgalign.core.tensor_ops import token_logps
-
-    logits = response_logits(model, rollout)
-    return token_logps(logits / temperature, rollout.response_ids)
+    return token_logps(tempered(response_logits(model, rollout), temperature), rollout.response_ids)
 
 
 def response_logits(model: Any, rollout: Rollout) -> Tensor:

@@ -7,6 +7,7 @@ V tokens of the vocabulary. A ``mask`` is True where a position counts. Log-prob
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,8 +88,33 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probability of each id under the logits at its place, in float32: (..., V) and (...) to (...)."""
-    logits = logits.float()
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return _TokenLogps.apply(logits.float(), ids)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """``token_logps`` of float32 logits. The gradient is written in one tensor of the logits' shape, bit by bit the one
+    of autograd, which makes four of them: they are what a small model with a large vocabulary spends its time on."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        """See ``token_logps``."""
+        ids = ids.unsqueeze(-1)
+        total = logits.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, ids, total)
+        return (logits.gather(-1, ids) - total).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """gradient * (one at the id - softmax)."""
+        logits, ids, total = ctx.saved_tensors
+        gradient = gradient.unsqueeze(-1)
+        probabilities = (logits - total).exp_()
+        return probabilities.mul_(-gradient).scatter_add_(-1, ids, gradient), None
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits at a sampling temperature; at 1 they are their own (a division by 1 would copy them)."""
+    return logits if temperature == 1 else logits / temperature
 
 
 def entropy(logits: Tensor) -> Tensor:
