@@ -179,6 +179,29 @@ def test_trl_environment_has_the_locked_packages_but_trl(compare):
     assert constraints("# head\nabsl-py==2\ntrl==1.16.0\ntorch==2.13.0\n") == "absl-py==2\ntorch==2.13.0\n"
 
 
+def test_matrix_products_of_an_update_by_hand(compare):
+    from speed.ppo_products import operations, products
+    from speed.workload import PPOWorkload
+
+    small = {"batch": 2, "minibatch": 1, "epochs": 1, "prompt_length": 3, "response_length": 2}
+    model = {"vocab_size": 5, "hidden_size": 2, "layers": 1, "intermediate_size": 3}
+    found = products(PPOWorkload(**small, **model), separate=False)
+    assert found == {
+        # Sampling: two prompts of 3 tokens, then one step of two rows; two tokens a response.
+        (6, 2, 2): 4, (6, 2, 3): 2, (6, 3, 2): 1, (2, 2, 3): 2, (2, 3, 2): 1, (2, 2, 2): 4,
+        # Scoring: two rows of 5 tokens through three models, logits of the responses from two.
+        (10, 2, 2): 12, (10, 2, 3): 6, (10, 3, 2): 3, (4, 2, 5): 2,
+        # Two steps of one row: forward, to the layer below (sizes turned round), to the weight.
+        (5, 2, 2): 8 + 8, (5, 2, 3): 4 + 2, (5, 3, 2): 2 + 4, (2, 5, 3): 4, (3, 5, 2): 2, (2, 5, 2): 8 + 2,
+        (2, 2, 5): 2 + 2 + 2,
+    }  # fmt: skip
+    # 34 weights in the layer: 48 tokens forward, 10 backward, which is twice a forward. 10 in the output: 16 and 4.
+    assert operations(found) == 2 * 34 * (48 + 20) + 2 * 10 * (16 + 8)
+    # A value model of its own: the layer at the old policy's 10 tokens and, three times, at the 10 of the update.
+    other = operations(products(PPOWorkload(**small, **model), separate=True))
+    assert other - operations(found) == 2 * 34 * (10 + 30)
+
+
 def test_bounds_of_a_gpu_by_hand(compare, make_model):
     from speed.gpu import decode_bound, multiplying_weights, peaks, training_flops, utilisation
     from speed.workload import PPOWorkload

@@ -21,12 +21,26 @@ Sides = Mapping[str, tuple[str, dict[str, Any]]]
 """Name of a side to its module and its own options."""
 
 TRL_PPO, SFT = "TRL PPOTrainer", "TRL SFTTrainer"
+COMPILED = {"config": {"compile": True}}
 PPO_SIDES: Sides = {
     TRL_PPO: ("speed.ppo_trl", {}),
     "separate": ("speed.ppo_own", {"value_model": "separate", "level": "sequence"}),
     "head": ("speed.ppo_own", {"value_model": "head", "level": "sequence"}),
+    "separate compiled": ("speed.ppo_own", {"value_model": "separate", "level": "sequence", **COMPILED}),
+    "head compiled": ("speed.ppo_own", {"value_model": "head", "level": "sequence", **COMPILED}),
+    "separate products": ("speed.ppo_products", {"value_model": "separate"}),
+    "head products": ("speed.ppo_products", {"value_model": "head"}),
     "token": ("speed.ppo_own", {"value_model": "head", "level": "token"}),
 }
+BY_LENGTH = {"config": {"compile": True, "microbatch_size": 8}}
+ENDING_SIDES: Sides = {
+    **{name: PPO_SIDES[name] for name in (TRL_PPO, "separate", "head")},
+    "separate compiled": ("speed.ppo_own", {"value_model": "separate", "level": "sequence", **BY_LENGTH}),
+    "head compiled": ("speed.ppo_own", {"value_model": "head", "level": "sequence", **BY_LENGTH}),
+}
+LEARNERS = {"separate": "separate value model", "head": "shared trunk"}
+WARMUP_COMPILED = 4
+"""Updates until torch.compile has seen all sizes."""
 PARTS = ("rollout", "scoring", "update")
 """Parts of the time of an update that our side reports."""
 
@@ -73,6 +87,8 @@ class Session:
                 if name == TRL_PPO and self.trl_python is None:
                     continue
                 common = {"threads": self.threads, "device": self.device, **own}
+                if self.quick:
+                    common.pop("config", None)  # compiling is not quick
                 every = [{"folder": str(folder), **common} for folder in folders]
                 if self.quick:
                     runner: Any = Thread(importlib.import_module(module).side, every)
@@ -83,24 +99,24 @@ class Session:
                 runners[name] = runner
             yield runners
 
-    def turns(self, runners: Mapping[str, Runner], rounds: int) -> Answers:
+    def turns(self, runners: Mapping[str, Runner], rounds: int, warmup: int | None = None) -> Answers:
         """Let the sides take turns. With one thread on the CPU, ``seconds`` and its parts are those of the processor
         (see ``processor_seconds``)."""
-        answers = alternate(runners, rounds, self.warmup)
+        answers = alternate(runners, rounds, self.warmup if warmup is None else warmup)
         units = [answer for rows in answers.values() for answer in rows]
         self.busy += [unit["seconds"] / max(unit["cpu_seconds"], 1e-9) for unit in units]
         if self.device != "cpu" or self.threads > 1:
             return answers
         return {name: [processor_seconds(answer) for answer in rows] for name, rows in answers.items()}
 
-    def run(self, folder: Path, sides: Sides) -> Answers:
-        """Run the sides on what is in ``folder``, in turns.
+    def run(self, folder: Path, sides: Sides, warmup: int | None = None) -> Answers:
+        """Run the sides on what is in ``folder``, in turns, after ``warmup`` rounds (None: the session's).
 
         Raises:
             RuntimeError: a side failed.
         """
         with self.started([folder], sides) as runners:
-            return self.turns(runners, self.rounds)
+            return self.turns(runners, self.rounds, warmup)
 
 
 def processor_seconds(answer: Mapping[str, float]) -> dict[str, float]:
@@ -129,8 +145,13 @@ def memory(comparison: str, other_side: str, ours: Sequence, other: Sequence) ->
 
 def ppo(session: Session) -> list[Row]:
     """One PPO update, against TRL where its environment is there; and what token-level rewards cost."""
-    answers = session.run(session.work("ppo", session.ppo), PPO_SIDES)
+    warmup = session.warmup if session.quick else WARMUP_COMPILED
+    answers = session.run(session.work("ppo", session.ppo), PPO_SIDES, warmup)
     rows = against_trl(answers, "PPO", Target(">=", 3.0))
+    for learner, title in LEARNERS.items() if rows else ():
+        name = f"PPO's matrix products alone, {title}"
+        both = (per_second(answers[side]) for side in (f"{learner} products", TRL_PPO))
+        rows.append(row(name, TRL_PPO, "response tokens", "1/s", *both, note="a bound, not a trainer"))
     token, sequence = answers["token"], answers["head"]
     name = "PPO, token-level rewards"
     other = "sequence-level"
@@ -142,34 +163,37 @@ def ppo(session: Session) -> list[Row]:
 
 
 def against_trl(answers: Answers, title: str, target: Target) -> list[Row]:
-    """Rows of both learners against TRL's PPO; none where that did not run."""
+    """Rows of both learners against TRL's PPO, as they are and compiled; none where that did not run."""
     if TRL_PPO not in answers:
         return []
     rows = []
-    for side, learner in (("separate", "separate value model"), ("head", "shared trunk")):
-        name, both = f"{title}, {learner}", (answers[side], answers[TRL_PPO])
-        rows.append(row(name, TRL_PPO, "response tokens", "1/s", *map(per_second, both), target))
-        rows.append(memory(name, TRL_PPO, *both))
+    for side, learner in ours(title):
+        both = (answers[side], answers[TRL_PPO])
+        rows.append(row(learner, TRL_PPO, "response tokens", "1/s", *map(per_second, both), target))
+        rows.append(memory(learner, TRL_PPO, *both))
     return rows
 
 
+def ours(title: str) -> list[tuple[str, str]]:
+    """Names of our sides and what the table calls them."""
+    return [
+        (f"{side}{state}", f"{title}, {learner}{state and ', compiled'}")
+        for side, learner in LEARNERS.items()
+        for state in ("", " compiled")
+    ]
+
+
 def ppo_ending(session: Session) -> list[Row]:
-    """The same where responses end by themselves. Lengths are drawn on each side, so time an update is compared."""
+    """The same where responses end by themselves, what is compiled with micro-batches by length. Lengths are drawn on
+    each side, so time an update is compared."""
     if session.trl_python is None:
         return []
     workload = PPOWorkload(**{**asdict(session.ppo), "end_probability": 1 / 24})
-    sides = {name: PPO_SIDES[name] for name in (TRL_PPO, "separate", "head")}
-    answers = session.run(session.work("ppo_ending", workload), sides)
+    answers = session.run(session.work("ppo_ending", workload), ENDING_SIDES, WARMUP_COMPILED)
+    other = values(answers[TRL_PPO], "seconds")
     return [
-        row(
-            f"PPO, responses that end, {learner}",
-            TRL_PPO,
-            "time",
-            "s/update",
-            values(answers[side], "seconds"),
-            values(answers[TRL_PPO], "seconds"),
-        )
-        for side, learner in (("separate", "separate value model"), ("head", "shared trunk"))
+        row(learner, TRL_PPO, "time", "s/update", values(answers[side], "seconds"), other)
+        for side, learner in ours("PPO, responses that end")
     ]
 
 

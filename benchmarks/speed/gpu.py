@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from speed.comparisons import PPO_SIDES, TRL_PPO, Session, against_trl, values
+from speed.comparisons import PPO_SIDES, TRL_PPO, WARMUP_COMPILED, Session, against_trl, ours, values
 from speed.table import Row, Target, row
 from speed.workload import PPOWorkload
 
@@ -56,8 +56,8 @@ def smollm2(session: Session) -> list[Row]:
     model = str(pretrained(session.folder / "smollm2"))
     workload = PPOWorkload(batch=64, minibatch=16, prompt_length=64, response_length=128, pretrained=model, bf16=True)
     on_gpu = replace(session, device="cuda", busy=[])
-    sides = {name: PPO_SIDES[name] for name in (TRL_PPO, "separate", "head")}
-    answers = on_gpu.run(on_gpu.work("gpu", workload), sides)
+    sides = {name: PPO_SIDES[name] for name in (TRL_PPO, *(side for side, _ in ours("")))}
+    answers = on_gpu.run(on_gpu.work("gpu", workload), sides, WARMUP_COMPILED)
     rows = against_trl(answers, "PPO, SmolLM2-135M on the GPU", Target(">=", 3.0))
     found = peaks(torch.cuda.get_device_name())
     if found is not None:

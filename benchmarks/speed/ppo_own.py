@@ -12,7 +12,7 @@ from speed.workload import read_workload
 
 def side(options: dict[str, Any], gate: Gate) -> None:
     """Options: ``folder`` (see ``workload``), ``threads``, ``device``, ``value_model`` (``head`` or ``separate``),
-    ``level`` of the reward (``sequence`` or ``token``)."""
+    ``level`` of the reward (``sequence`` or ``token``), and fields of ``FineGrainedPPOConfig`` as ``config``."""
     import torch
     from transformers import (
         AutoModelForCausalLM,
@@ -21,10 +21,12 @@ def side(options: dict[str, Any], gate: Gate) -> None:
         AutoTokenizer,
     )
 
+    from fgalign.core.modeling import keep_freed_memory
     from fgalign.ppo_trainer import FineGrainedPPOConfig, FineGrainedPPOTrainer
     from fgalign.rewards import reward_function
 
     torch.set_num_threads(options["threads"])
+    keep_freed_memory()  # as every stage of the pipeline does
     folder = Path(options["folder"])
     workload, prompts = read_workload(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -50,6 +52,7 @@ def side(options: dict[str, Any], gate: Gate) -> None:
             missing_eos_penalty=0.0,
             bf16=workload.bf16,
             use_cpu=options["device"] == "cpu",
+            **options.get("config", {}),
         ),
         train_dataset=prompts,
         processing_class=SimpleNamespace(pad_token_id=tokenizer.pad_token_id, eos_token_id=end),
