@@ -25,14 +25,14 @@ from fgalign.tracking import tracking_uri
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("data and labels", ("raw", "edits", "labels", "study_edits@", "benchmark_items")),
     ("base model and SFT", ("base", "sft")),
-    ("reward models", ("rm_",)),
+    ("reward models", ("rm_", "judge_model@")),
     ("alignment", ("align@",)),
     ("studies and search", ("study@", "judge_study@", "search", "choose_search", "overoptimisation")),
     ("benchmarks", ("benchmark",)),
     ("generation", ("generate@",)),
     (
         "judging and metrics",
-        ("judge@", "curves", "label_quality", "reward_models", "token_models", "credit", "samples"),
+        ("judge@", "rejudge@", "curves", "label_quality", "reward_models", "token_models", "credit", "samples"),
     ),
     ("tables, figures, paper", ("settings", "table ", "figure ", "claims", "paper", "index")),
 )

@@ -48,7 +48,7 @@ def write_profile(root: Path, name: str = "mini", **report: object) -> Profile:
 
 
 def add_studies(profile: Profile) -> None:
-    """Put every study, the search and the token models into the parameters, on disk too."""
+    """Put every study, the search, the token models and another judge into the parameters, on disk too."""
     entries = {name: {"method": "figa", "variants": {key: {} for key in skill}} for name, skill in STUDIES.items()}
     entries["figa_signals"]["variants"]["levenshtein"] = {"title": "Levenshtein, tokens"}
     entries["label_noise"] = {
@@ -63,6 +63,7 @@ def add_studies(profile: Profile) -> None:
     profile.params["studies"] = entries
     profile.params["search"] = {"seed": profile.seeds[0]}
     profile.params["token_models"] = {"rm_token_bt": {"title": "Bradley–Terry on sums"}, "rm_token_regression": {}}
+    profile.params["other_judges"] = {"rouge_l": {"title": "Overlap", "trained_on": "nothing", "needs": "gold/test"}}
     for method in ("figa", "ppo_preference"):
         profile.params["methods"][method]["search"] = {"optim.learning_rate": [0.0001, 0.0003]}
     profile.file.write_text(yaml.safe_dump(profile.params, sort_keys=False), encoding="utf-8")
@@ -139,6 +140,7 @@ def write_more_metrics(profile: Profile, prompts: int = 60) -> None:
     write_csv(profile.sweeps / "metrics" / "token_models.csv", "model,metric,seed,value", rows)
     write_overoptimisation(profile)
     write_credit(profile)
+    write_rejudged(profile, "rouge_l", prompts)
 
 
 def write_overoptimisation(profile: Profile) -> None:
@@ -167,6 +169,21 @@ def write_credit(profile: Profile) -> None:
                 )
     header = "reward,seed,id,flawed_tokens,tokens,weight_flawed,weight_total"
     write_csv(profile.results / "metrics" / "credit.csv", header, rows)
+
+
+def write_rejudged(profile: Profile, judge: str, prompts: int) -> None:
+    """Verdicts of another judge, more doubtful than the main one's, and what it says of people's preferences."""
+    rows = []
+    for method, skill in METHODS.items():
+        random = Random(f"{judge} {method}")
+        for seed in profile.seeds:
+            for index in range(prompts):
+                score = round(random.gauss(0.25 + skill / 2, 0.3), 4)
+                rows.append([method, f"test-{index}", seed, score, 0.5, float(score > 0.5)])
+    folder, random = profile.results / "metrics" / "judges", Random(judge)
+    write_csv(folder / f"{judge}.csv", "method,id,seed,score,reference_score,win", rows)
+    pairs = [[f"pair-{index}", float(random.random() < 0.6), float(random.random() < 0.8)] for index in range(prompts)]
+    write_csv(folder / f"{judge}_preferences.csv", "id,correct,main_correct", pairs)
 
 
 def write_judged(profile: Profile, method: str, skill: float, prompts: int, folder: str = "judged") -> None:

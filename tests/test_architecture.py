@@ -90,6 +90,7 @@ TRAINING = [
     *(f"fgalign.core.{name}" for name in ("modeling", "rollout", "tensor_ops", "tokens")),
     "fgalign.ppo_trainer",
     "fgalign.sft",
+    "fgalign.stages.judge_model",
     "fgalign.stages.train",
     "fgalign.training",
     *in_package("fgalign.losses"),

@@ -43,6 +43,8 @@ STAGE_FUNCTIONS = {
     "generate": ("generate", "run_generate"),
     "judge_start": ("judge", "run_judge"),
     "judge": ("judge", "run_judge"),
+    "judge_model": ("judge_model", "run_judge_model"),
+    "rejudge": ("rejudge", "run_rejudge"),
     "label_quality": ("judge", "run_label_quality"),
     "reward_models": ("reward_models", "run_reward_models"),
     "curves": ("judge", "run_curves"),
@@ -59,7 +61,7 @@ STAGE_FUNCTIONS = {
 }
 # Methods that the studies vary.
 STUDIED = ("fgalign.methods.figa", "fgalign.methods.ppo")
-TRAINING = ("base", "sft", "rm_preference", "rm_edit", "rm_token", "token_model", "align", "study")
+TRAINING = ("base", "sft", "rm_preference", "rm_edit", "rm_token", "token_model", "align", "study", "judge_model")
 
 
 def module_file(name: str) -> Path | None:
@@ -186,12 +188,15 @@ def test_every_table_has_the_stage_that_builds_it(stages_read_once) -> None:
     from fgalign.report.tables import TABLES
 
     profile = load_profile("mini", ROOT)
-    stages = {name: table_stage(profile, name) for name in TABLES}
+    stages = {name: table_stage(profile, name) for name in TABLES if name != "judges"}
     assert stages["figa_main"] == "figa_main" and stages["labels"] == "labels_table"
     assert stages["figa_signals"] == "study_table@figa_signals"
     assert stages["search"] == "reproduce/sweeps/dvc.yaml:search_table"
     human = load_profile("human", ROOT)
     assert table_stage(human, "figa_main") == "reproduce/profiles/human/dvc.yaml:figa_main"
+    assert table_stage(human, "judges") == "reproduce/profiles/human/dvc.yaml:judges@main"
+    with pytest.raises(InputError, match="no stage of the profile mini builds this table"):
+        table_stage(profile, "judges")
     with pytest.raises(InputError, match="no stage of the profile human builds this table"):
         table_stage(human, "credit")
 
@@ -269,6 +274,7 @@ def test_the_whole_graph_runs_and_gives_every_table_and_figure(smoke: Path) -> N
         "xu_win_rate",
         "xu_reward_models",
         "xu_efficiency",
+        "judges",
     )
     assert tables == {f"{name}.{kind}" for name in names for kind in ("csv", "tex")}
     figures = {path.name for path in (results / "figures").iterdir()}
@@ -287,6 +293,7 @@ def test_every_training_and_evaluation_stage_is_a_tracked_run(smoke: Path) -> No
     expected = {"smoke/base", "smoke/label_quality"}
     for stage in ("sft", "rm_preference", "rm_edit", "rm_token", "figa", "ppo_preference", "ppo_edit", "ppo_token"):
         expected |= {f"smoke/{stage}/seed-{seed}" for seed in (1, 2)}
+    expected |= {"smoke/judge_model@preferences/seed-101", "smoke/rejudge@reward_model"}
     assert expected <= names
     assert all(item.info.status == "FINISHED" for item in runs)
     token = next(item for item in runs if item.info.run_name == "smoke/ppo_token/seed-1")
@@ -311,6 +318,7 @@ def test_training_without_truth_and_test_split_gives_the_same_bytes(smoke: Path)
     try:
         # By the `fgalign` that is installed, so importing the libraries beforehand changes no byte either.
         stages = [f"{SMOKE}:{stage}" for stage in ("sft", "rm_edit", "rm_token", "align@figa", "align@ppo_token")]
+        stages.append(f"{SMOKE}:judge_model@preferences")
         run(smoke, "dvc", "repro", "-f", "-s", *stages)
     finally:
         for path, place in hidden.items():
@@ -328,10 +336,12 @@ def test_every_section_of_every_profile_is_valid(name: str, copy: Path) -> None:
     from fgalign.evaluation.config import EvaluationConfig
     from fgalign.labels import LabelConfig
     from fgalign.ppo_trainer import FineGrainedPPOConfig, check_config
-    from fgalign.report.config import report_config
+    from fgalign.report.config import other_judges, report_config
     from fgalign.rewards.training import RewardSection, TokenRewardSection
     from fgalign.sft import SFTSection
     from fgalign.sources import get_source
+    from fgalign.stages.judge_model import judge_model_config
+    from fgalign.stages.rejudge import other_judge
     from fgalign.stages.train import method_config, reward_config
     from fgalign.study import candidates, get_study
 
@@ -348,6 +358,11 @@ def test_every_section_of_every_profile_is_valid(name: str, copy: Path) -> None:
     }.items():
         profile.section(key, kind)
     report_config(profile)
+    assert set(other_judges(profile)) == set(profile.params["other_judges"])
+    for judge in profile.params["other_judges"]:
+        other_judge(profile, judge)
+    for judge in profile.params["judge_models"]:
+        judge_model_config(profile, judge)
     kinds = {"scratch": ScratchConfig, "pretrained": PretrainedConfig}
     parse_section(profile.params["base_model"], kinds[profile.params["base_model"]["kind"]], "base_model")
     for model in profile.params["token_models"]:

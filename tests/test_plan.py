@@ -159,9 +159,25 @@ def paper():
 def test_the_shipped_profile_fits(paper):
     text, wrong = report(paper)
     assert wrong == []
-    assert [line.split()[0] for line in text.splitlines()[3:11]] == [
-        "sft", "rm_preference", "rm_edit", "rm_token", "figa", "ppo_preference", "ppo_edit", "ppo_token"
+    assert [line.split()[0] for line in text.splitlines()[3:12]] == [
+        "sft", "rm_preference", "rm_edit", "rm_token", "figa", "ppo_preference", "ppo_edit", "ppo_token",
+        "judge_model@preferences",
     ]  # fmt: skip
+
+
+def test_a_judge_is_trained_once_and_not_for_each_seed(paper):
+    paper.params["plan"]["tflops"] = 1e-7  # hours that two decimals show
+    rows = {line.split()[0]: line.split() for line in report(paper)[0].splitlines()[3:13]}
+    # 500 pairs over 4 epochs, where a reward model of the pipeline has 10,000 over one: a fifth of its time.
+    assert float(rows["judge_model@preferences"][3]) == pytest.approx(float(rows["rm_token"][3]) / 5, rel=0.01)
+    assert float(rows["judge_model@preferences"][4]) == pytest.approx(
+        float(rows["judge_model@preferences"][3]), rel=0.01
+    )
+    assert float(rows["rm_token"][4]) == pytest.approx(3 * float(rows["rm_token"][3]), rel=0.01)
+    hours = sum(float(row[3]) for stage, row in rows.items() if stage not in ("judge_model@preferences", "all"))
+    assert float(rows["all"][1]) == pytest.approx(hours, rel=0.001)
+    judge = float(rows["judge_model@preferences"][3])
+    assert float(rows["all"][2]) == pytest.approx(3 * hours + judge, rel=0.001)
 
 
 def test_the_shipped_profile_fits_at_full_size():
@@ -170,7 +186,9 @@ def test_the_shipped_profile_fits_at_full_size():
     assert wrong == [] and text.startswith("Profile paper: 6.74 billion parameters, 8 GPUs of 79 GiB")
     # What the profile says of itself in its first lines is what the plan says.
     comments = profile.file.read_text(encoding="utf-8")
-    rows = {line.split()[0]: line.split() for line in text.splitlines()[3:12] if line}
+    rows = {line.split()[0]: line.split() for line in text.splitlines()[3:13] if line}
+    judge = rows["judge_model@preferences"]
+    assert f"{judge[2]} GiB a GPU, {judge[3]} hours" in comments
     for stage in ("sft", "rm_token", "figa", "ppo_token"):
         assert f"{rows[stage][2]} GiB a GPU, {rows[stage][3]} hours a seed" in comments, stage
     assert f"{rows['all'][1]} hours a seed, {rows['all'][2]} for 3 seeds" in comments

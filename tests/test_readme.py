@@ -207,7 +207,7 @@ def test_every_stage_has_a_group(benchmark_script):
     stages = [stage for path in files for stage in yaml.safe_load(path.read_text(encoding="utf-8"))["stages"].values()]
     for body in stages:
         command, name = [*body.get("do", body)["cmd"].split(), ""][1:3]
-        named = ("align", "generate", "judge", "study", "judge-study", "study-edits")
+        named = ("align", "generate", "judge", "judge-model", "rejudge", "study", "judge-study", "study-edits")
         titles = {"reward-model": "rm_x", **{kind: f"{kind.replace('-', '_')}@x" for kind in named}}
         title = titles.get(
             command, f"{command} {name}" if command in ("table", "figure") else command.replace("-", "_")

@@ -753,6 +753,8 @@ def pipeline(profile):
         **one,
         "outs": [metrics + name for name in ("reward_models.csv", "reward_pairs.csv", "figa_data.csv")],
     }
+    judges = [metrics + f"judges/rouge_l{kind}.csv" for kind in ("", "_preferences")]
+    stages["rejudge"] = {"foreach": ["rouge_l"], "do": {**one, "outs": judges}}
     stages["curves"] = {**one, "deps": [src, *(model(name) for name in made_up.PPO)], "outs": [metrics + "curves.csv"]}
     return stages
 

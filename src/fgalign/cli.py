@@ -42,7 +42,7 @@ def stage(profile_name: str | None, title: str, launched: bool = False, tracked:
     if process_count() > 1 and not launched:
         raise ConfigError(
             f"{title}: this stage runs in one process, found {process_count()}; start it without accelerate launch "
-            "(training stages can be launched: sft, reward-model, align)"
+            "(training stages can be launched: sft, reward-model, align, judge-model)"
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -163,6 +163,24 @@ def judge(name: Name, profile: ProfileOption = None) -> None:
         from fgalign.stages.judge import run_judge
 
         run_judge(current, name)
+
+
+@app.command()
+def judge_model(name: Name, profile: ProfileOption = None) -> None:
+    """A judge of the profile's `judge_models` section: a reward model that only judges."""
+    with stage(profile, f"judge_model@{name}", launched=True) as current:
+        from fgalign.stages.judge_model import run_judge_model
+
+        run_judge_model(current, name)
+
+
+@app.command()
+def rejudge(name: Name, profile: ProfileOption = None) -> None:
+    """The scores of another judge, of the profile's `other_judges` section, for every method's answers."""
+    with stage(profile, f"rejudge@{name}") as current:
+        from fgalign.stages.rejudge import run_rejudge
+
+        run_rejudge(current, name)
 
 
 @app.command()

@@ -24,7 +24,7 @@ once at ``bandwidth`` · ``decode_utilisation``; a batch takes as many steps as 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -57,6 +57,8 @@ class DataSize(Section):
     edits: int
     figa_pairs: int
     """Pairs that FIGA's filter keeps."""
+    judge_preferences: int = 0
+    """Pairs that each judge of ``judge_models`` is trained on."""
     prompt_tokens: int
     response_tokens: int
 
@@ -101,7 +103,7 @@ class Sizes:
 class Estimate:
     """One stage: bytes a GPU by what they are for (those of phases that do not overlap under the phase's name) and
     before training begins (``loading``), bytes of a host's memory for each process, hours for one seed, examples of an
-    optimiser step."""
+    optimiser step; ``once``: trained once and not for each seed."""
 
     stage: str
     kept: dict[str, float]
@@ -110,6 +112,7 @@ class Estimate:
     host: float
     hours: float
     examples: int
+    once: bool = False
 
     @property
     def peak(self) -> float:
@@ -299,12 +302,13 @@ def check_shapes(a: Architecture) -> Iterator[str]:
 
 
 def estimates(profile: Profile, plan: PlanSection) -> list[Estimate]:
-    """Every training stage of the profile that has an estimate: SFT, reward models, FIGA, PPO."""
+    """Every training stage of the profile that has an estimate: SFT, reward models, FIGA, PPO, judges."""
     from fgalign.losses.token_reward import OUTPUTS
     from fgalign.ppo_trainer import FineGrainedPPOConfig, check_config
     from fgalign.rewards import LEVELS
     from fgalign.rewards.training import TokenRewardSection
     from fgalign.sft import SFTSection
+    from fgalign.stages.judge_model import judge_model_config
     from fgalign.stages.train import method_config, reward_config
 
     a, data = plan.architecture, plan.data
@@ -347,6 +351,13 @@ def estimates(profile: Profile, plan: PlanSection) -> list[Estimate]:
             if args.value_model == "separate":
                 value = sizes(build_on_meta(a, "TokenClassification", num_labels=1))
             found.append(estimate_ppo(plan, name, causal, value, rewards[config.needs], config, args))
+    for name in profile.params.get("judge_models") or {}:
+        config = judge_model_config(profile, name)
+        estimate = estimate_trainer(
+            plan, f"judge_model@{name}", sizes(build_on_meta(a, "SequenceClassification", num_labels=1)), config.optim,
+            rows_of_example=2, max_length=config.max_length, examples=data.judge_preferences, logit_positions=0,
+        )  # fmt: skip
+        found.append(replace(estimate, once=True))
     return found
 
 
@@ -357,6 +368,8 @@ def problems(profile: Profile, plan: PlanSection, found: list[Estimate]) -> Iter
     sections: dict[str, Mapping[str, Any]] = {
         name: profile.params[name] for name in ("sft", "rm_preference", "rm_edit", "rm_token")
     }
+    for name, section in (profile.params.get("judge_models") or {}).items():
+        sections[f"judge_model@{name}"] = section
     longest = plan.architecture.max_position_embeddings
     for name in profile.params.get("methods", {}):
         _, config = method_config(profile, name)
@@ -412,11 +425,17 @@ def report(profile: Profile, gpus: int | None = None) -> tuple[str, list[str]]:
     wrong = [*check_shapes(plan.architecture), *problems(profile, plan, found)]
     model = sizes(build_on_meta(plan.architecture, "CausalLM"))
     seeds = len(profile.seeds)
+    width = max(16, *(len(estimate.stage) + 1 for estimate in found))
+
+    def runs(estimate: Estimate) -> int:
+        return 1 if estimate.once else seeds
+
     lines = [
         f"Profile {profile.name}: {model.total / 1e9:.2f} billion parameters, {plan.gpus} GPUs of "
         f"{plan.memory_gib:g} GiB and {plan.tflops:g} TFLOPS (bf16); shapes checked on the meta device",
         "",
-        f"{'stage':<16}{'a step':>7}  {'GiB a GPU':>9}  {'hours a seed':>12}  {f'hours, {seeds} seeds':>14}   GiB of",
+        f"{'stage':<{width}}{'a step':>7}  {'GiB a GPU':>9}  {'hours a seed':>12}  {f'hours, {seeds} seeds':>14}   "
+        "GiB of",
     ]
     for estimate in found:
         worst = max(estimate.phases, key=lambda phase: sum(estimate.phases[phase].values()))
@@ -425,18 +444,19 @@ def report(profile: Profile, gpus: int | None = None) -> tuple[str, list[str]]:
             parts = {"loading": estimate.loading}
         shown = ", ".join(f"{key} {value / GIB:.1f}" for key, value in parts.items() if value)
         lines.append(
-            f"{estimate.stage:<16}{estimate.examples:>7}  {estimate.peak / GIB:>9.1f}  {estimate.hours:>12.2f}  "
-            f"{seeds * estimate.hours:>14.1f}   {shown}"
+            f"{estimate.stage:<{width}}{estimate.examples:>7}  {estimate.peak / GIB:>9.1f}  {estimate.hours:>12.2f}  "
+            f"{runs(estimate) * estimate.hours:>14.1f}   {shown}"
         )
-    total = sum(estimate.hours for estimate in found)
+    total = sum(estimate.hours for estimate in found if not estimate.once)
+    in_all = sum(runs(estimate) * estimate.hours for estimate in found)
     lines += [
-        f"{'all':<16}{'':>7}  {'':>9}  {total:>12.2f}  {seeds * total:>14.1f}",
+        f"{'all':<{width}}{'':>7}  {'':>9}  {total:>12.2f}  {in_all:>14.1f}",
         "",
         f"Assumed: {plan.utilisation:.0%} of the peak in training, {plan.decode_utilisation:.0%} of {plan.bandwidth:g} "
         f"GB/s in decoding and {plan.step_overhead_ms:g} ms a step; prompts of {plan.data.prompt_tokens} and responses "
         f"of {plan.data.response_tokens} tokens on average; rollouts from transformers; formulas in plan.py.",
         f"Host memory while loading: {max(estimate.host for estimate in found) / GIB:.0f} GiB a process.",
-        f"Disk: {4 * model.total / GIB:.0f} GiB a saved model, one a stage and seed: "
-        f"{4 * model.total / GIB * (seeds * len(found) + 1):.0f} GiB in all.",
+        f"Disk: {4 * model.total / GIB:.0f} GiB a saved model, one a stage and seed (a judge has one): "
+        f"{4 * model.total / GIB * (sum(map(runs, found)) + 1):.0f} GiB in all.",
     ]
     return "\n".join(lines), wrong

@@ -11,13 +11,15 @@ from fgalign.errors import ConfigError
 from fgalign.evaluation.judges import Item, Judge, RewardJudgeConfig, get_judge
 
 
-def profile_judge(profile: Profile, name: str, options: Mapping[str, Any]) -> Judge:
-    """The judge of that name with the options of the profile (``evaluation.judge`` and ``evaluation.judge_options``).
+def profile_judge(
+    profile: Profile, name: str, options: Mapping[str, Any], key: str = "evaluation.judge_options"
+) -> Judge:
+    """The judge of that name with options of the profile; ``key`` is where they stand in it.
 
     Raises:
         ConfigError: no such judge, or options that it does not take.
     """
-    where = f"{profile.file}: evaluation.judge_options"
+    where = f"{profile.file}: {key}"
     if name == "llm":
         from fgalign.evaluation.llm_judge import LLMJudgeConfig
 

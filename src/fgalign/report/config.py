@@ -23,6 +23,13 @@ STUDIES = ("figa_signals", "figa_data_ablation", "figa_sweeps", "figa_filter", "
 Names = Annotated[list[str], Field(min_length=1)]
 
 
+class JudgeTitle(Section):
+    """What captions say of another judge of the profile: its title and, where it was trained, on what."""
+
+    title: Annotated[str, Field(min_length=1)]
+    trained_on: str = ""
+
+
 class ReportConfig(Section):
     """What the report shows; a method of the profile is in every table and figure that lists methods."""
 
@@ -65,6 +72,22 @@ def report_config(profile: Profile) -> ReportConfig:
         methods = ["base", SFT, *profile.params.get("methods", {})]
         return parse_section({**section, "methods": methods}, ReportConfig, f"{profile.file}: report")
     return profile.section("report", ReportConfig)
+
+
+def other_judges(profile: Profile) -> dict[str, JudgeTitle]:
+    """The judges beside the profile's own, in its order, as captions call them; none where it has none.
+
+    Raises:
+        ConfigError: a judge has no title.
+    """
+    return {
+        name: parse_section(
+            {key: entry[key] for key in JudgeTitle.model_fields if key in entry},
+            JudgeTitle,
+            f"{profile.file}: other_judges.{name}",
+        )
+        for name, entry in (profile.params.get("other_judges") or {}).items()
+    }
 
 
 def reinforced_methods(profile: Profile) -> list[str]:

@@ -205,6 +205,7 @@ def run_names(profile: Profile, stage: Stage, row: str, seeds: list[int]) -> lis
       ``<method>/<number>: <parameters>``.
     - A training stage writes ``data/<profile>/models/<name>`` and has ``<profile>/<name>/seed-<s>`` for each seed (the
       base model has none).
+    - A judge that is trained has one with its own seed.
     - The evaluation of the reward models has ``<profile>/<stage>/<model>/seed-<s>``.
     - A stage of ``WITHOUT_RUN`` has none. Any other has one, ``<profile>/<stage>``, where ``judge_start`` and the like
       are called as the stage that does the same for the methods.
@@ -218,6 +219,8 @@ def run_names(profile: Profile, stage: Stage, row: str, seeds: list[int]) -> lis
         concerned = [row] if row in known else known
         ends = [f"/seed-{seed}" for seed in seeds] if kind == "study" else [""]
         return [f"{profile.name}/{name}/{variant}{end}" for variant in concerned for end in ends]
+    if kind == "judge_model":
+        return [f"{profile.name}/{name}/seed-{profile.params['judge_models'][item]['seed']}"]
     if kind == "search":
         return _search_runs(profile, row)
     models = f"{_relative(profile.data, profile.root)}/models/"

@@ -146,6 +146,25 @@ def read_judged(profile: Profile, method: str) -> Grid:
     return read_grid(path, profile.seeds, JUDGED_COLUMNS[2:], f"the stage that judges `{method}`", prefix="reward_")
 
 
+def read_rejudged(profile: Profile, judge: str, method: str) -> Grid:
+    """Samples of one method under another judge than the profile's: the columns ``score``, ``reference_score``,
+    ``win``."""
+    path, columns = metrics_path(profile, f"judges/{judge}.csv"), ("score", "reference_score", "win")
+    return read_grid(path, profile.seeds, columns, f"the stage rejudge@{judge}", where={"method": method})
+
+
+def read_preferred(profile: Profile, judge: str) -> dict[str, list[float]]:
+    """How much of each held-out preference another judge gives to the side that people chose (``correct``), and the
+    profile's own judge (``main_correct``); without a judge that could not be asked."""
+    path, writer = metrics_path(profile, f"judges/{judge}_preferences.csv"), f"the stage rejudge@{judge}"
+    rows = read_rows(path, ("id",), writer)
+    return {
+        column: [number(row[column], path, line, column) for line, row in enumerate(rows, start=2)]
+        for column in ("correct", "main_correct")
+        if column in rows[0]
+    }
+
+
 def read_variant(profile: Profile, study: str, variant: str) -> Grid:
     """Judged samples of one variant of a study; columns of ``JUDGED_COLUMNS`` and ``reward_*``."""
     path = metrics_path(profile, f"studies/{study}/{variant}.csv")

@@ -15,7 +15,7 @@ from fgalign.errors import FgalignError, InputError
 from fgalign.io import atomic_dir, atomic_file, read_json, write_json
 from fgalign.report.cells import MINUS, Cell, display, read_table
 from fgalign.report.claims import BEYOND, LEVEL, VERDICTS, Result, claims_path, read_claims, untested
-from fgalign.report.config import report_config
+from fgalign.report.config import other_judges, report_config
 from fgalign.report.figures import FIGURES, figure_paths
 from fgalign.report.reported import FIGA_ROW, FIGA_SOURCE, REPORTED, verdict
 from fgalign.report.style import metric_style, row_label
@@ -111,12 +111,18 @@ def _profile_numbers(profile: Profile, names: list[str]) -> dict[str, Any]:
         "seeds": len(profile.seeds),
         "budget_note": config.budget_note,
         "judge_title": config.judge_title,
+        "other_judges": [judge.model_dump() for judge in other_judges(profile).values()],
         "tables": {name: _shown(profile, name, cells) for name, cells in tables.items()},
-        "missing_tables": [TABLES[name].title for name in TABLES if name not in names],
+        "missing_tables": [TABLES[name].title for name in TABLES if name not in [*names, *_without_rows(profile)]],
         "figures": [name for name in FIGURES if all(path.exists() for path in figure_paths(profile, name))],
         "claims": _claims(profile),
         "values": {name: _values(cells) for name, cells in tables.items()},
     }
+
+
+def _without_rows(profile: Profile) -> list[str]:
+    """Tables that would be empty in this profile: that of the judges where it has one."""
+    return [] if other_judges(profile) else ["judges"]
 
 
 def _shown(profile: Profile, name: str, cells: list[Cell]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fgalign.config import Profile
-from fgalign.report.config import STUDIES, variants
+from fgalign.report.config import STUDIES, other_judges, variants
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ METRICS: dict[str, MetricStyle] = {
     "sampled_tokens": MetricStyle("Sampled tokens", "thousands", 1),
     "edit_distance": MetricStyle("Edit distance", "tokens", 1),
     "accuracy_preference": MetricStyle("Accuracy, preferences", "%", 1),
+    "accuracy_main": MetricStyle("Accuracy, main judge", "%", 1),
+    "difference_accuracy": MetricStyle("Accuracy − main judge", "points", 1),
+    "agreement": MetricStyle("Same outcome as main judge", "%", 1),
     "accuracy_edit": MetricStyle("Accuracy, edits", "%", 1),
     "token_auroc": MetricStyle("AUROC, bad tokens", "", 3),
     "token_precision": MetricStyle("Precision, bad tokens", "%", 1),
@@ -144,7 +147,8 @@ def method_style(profile: Profile, name: str) -> MethodStyle:
 
 def row_label(profile: Profile, table: str, row: str) -> str:
     """Label of a table's row for readers: a method, a variant of a study, a token model, a candidate of the search
-    (``figa/0: epochs=2``), a kind of flaw (``flaws:x``) or a split of the data (``split:x``)."""
+    (``figa/0: epochs=2``), a kind of flaw (``flaws:x``), a split of the data (``split:x``) or another judge
+    (``judge:x``)."""
     if table in STUDIES:
         return variant_label(profile, table, row)
     if table == "xu_token_models":
@@ -154,6 +158,8 @@ def row_label(profile: Profile, table: str, row: str) -> str:
     kind, _, name = row.partition(":")
     if table == "search":
         return f"{method_style(profile, kind.partition('/')[0]).label}: {name.strip() or 'as set'}"
+    if kind == "judge":
+        return other_judges(profile)[name].title
     if name:
         return "All flaws" if row == "flaws:all" else _words(name.replace("-", "_"))
     return method_style(profile, row).label
@@ -177,15 +183,15 @@ def labeller(profile: Profile, table: str) -> Callable[[str], str]:
 
 
 def metric_style(name: str) -> MetricStyle:
-    """Style of a metric; a benchmark's names task and measure, an AUROC by kind of flaw the kind, any other that is not
-    listed gets its name."""
+    """Style of a metric; a benchmark's names task and measure, an AUROC by kind of flaw the kind; one under another
+    judge (``win_rate:llm``) has that of the metric; any other that is not listed gets its name."""
     if name.startswith(BENCHMARK):
         task, _, measure = name.removeprefix(BENCHMARK).partition("__")
         label = f"{_words(task)}: {BENCHMARK_RATES.get(measure, measure.replace('_', ' '))}"
         return MetricStyle(label, "%", 1) if measure in BENCHMARK_RATES else MetricStyle(label, "", 3)
     if name.startswith(f"{TOKEN_AUROC}:"):
         return MetricStyle(_words(name.partition(":")[2].replace("-", "_")), "", 3)
-    return METRICS.get(name) or MetricStyle(_words(name), "", 3)
+    return METRICS.get(name) or METRICS.get(name.partition(":")[0]) or MetricStyle(_words(name), "", 3)
 
 
 def _spare(name: str, place: int) -> MethodStyle:

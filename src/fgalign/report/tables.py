@@ -17,13 +17,23 @@ from fgalign.errors import ConfigError, InputError
 from fgalign.io import write_text
 from fgalign.report import inputs
 from fgalign.report.cells import Block, Cell, blocks_to_tex, cells_to_csv, layout
-from fgalign.report.config import CORE_METHODS, PLAIN_PPO, SFT, SWEEPS, reinforced_methods, report_config, variants
+from fgalign.report.config import (
+    CORE_METHODS,
+    PLAIN_PPO,
+    SFT,
+    SWEEPS,
+    other_judges,
+    reinforced_methods,
+    report_config,
+    variants,
+)
 from fgalign.report.inputs import Grid, metrics_path
 from fgalign.report.reported import REPORTED, reported_value
 from fgalign.report.style import BENCHMARK, BENCHMARK_RATES, TOKEN_AUROC, labeller, method_style
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import ArrayLike
 
 PERCENT = 100.0
 UNIT_RANGE = (0.0, 1.0)
@@ -34,7 +44,10 @@ SHARES = (*PAIR_SHARES, "token_precision", "token_recall")
 
 QUALITY, BUDGETS = "Quality", "Budget and tasks"
 BY_KIND = "AUROC by kind of flaw"
+OTHER_JUDGES = "Other judges"
 BEST, LAST = "At the best gold score", "At the last update"
+JUDGE = "judge:"
+"""Start of the row of another judge in ``judges``."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,8 @@ class Table:
 
     ``files`` are the metrics files behind a row. ``parts`` are the names by which the stages that made a row are known
     (a method, a reward model, a study). ``block`` gives the block of a cell: blocks are shown one below the other.
-    ``core`` tables belong to every profile; of the others, those are shown that were built.
+    ``notes`` are further lines for the caption. ``core`` tables belong to every profile; of the others, those are shown
+    that were built.
     """
 
     title: str
@@ -52,6 +66,7 @@ class Table:
     parts: Callable[[str], list[str]] = lambda row: [row]
     block: Callable[[Profile, Cell], str] = lambda profile, cell: ""
     core: bool = True
+    notes: Callable[[Profile], list[str]] = lambda profile: []
 
 
 def figa_data(profile: Profile) -> list[Cell]:
@@ -136,6 +151,93 @@ def win_rate_cells(profile: Profile) -> list[Cell]:
     """Win rate of every judged method in percent, as ``figa_main`` and ``xu_win_rate`` have it (for the figure)."""
     grids = _judged(profile, report_config(profile).judged_methods)
     return [_win_rate("figa_main", method, grid) for method, grid in grids.items()]
+
+
+def judges(profile: Profile) -> list[Cell]:
+    """Every method under the profile's judge and under each other one: win rate, its paired difference to SFT, and the
+    share of comparisons with the reference that both judges decide alike (win, tie or loss).
+
+    A row ``judge:<name>`` says of another judge how often it likes the side of a held-out preference that people chose,
+    beside the profile's judge on the same pairs, and that share over all methods.
+    """
+    name, methods = "judges", report_config(profile).judged_methods
+    names = list(other_judges(profile))
+    if not names:
+        raise ConfigError(f"{profile.file}: other_judges: expected at least one judge, found none; add it")
+    main = _judged(profile, methods)
+    items = main[SFT].items
+    cells = _wins_against_sft(name, main)
+    summaries: list[Cell] = []
+    for judge in names:
+        grids = {method: inputs.read_rejudged(profile, judge, method) for method in methods}
+        file = metrics_path(profile, f"judges/{judge}.csv")
+        inputs.same_items({"main judge": main[SFT], **grids}, lambda method, file=file: file)
+        alike = {method: agreement(main[method], grids[method], items) for method in methods}
+        cells += _wins_against_sft(name, grids, f":{judge}")
+        cells += [_share(name, method, f"agreement:{judge}", alike[method], profile.seeds) for method in methods]
+        row = f"{JUDGE}{judge}"
+        summaries += _accuracies(name, row, inputs.read_preferred(profile, judge))
+        summaries.append(_share(name, row, "agreement", sum(alike.values()) / len(methods), profile.seeds))
+    return cells + summaries
+
+
+def agreement(ours: Grid, theirs: Grid, items: list[str]) -> np.ndarray:
+    """1 where two judges decide a comparison alike (both a win, a tie or a loss of the response), else 0: shape [seeds,
+    items], in the order of ``items``. A judge that is asked twice wins with more than half."""
+    import numpy as np
+
+    def outcomes(grid: Grid) -> np.ndarray:
+        place = {item: index for index, item in enumerate(grid.items)}
+        return np.sign(grid.values["win"][:, [place[item] for item in items]] - 0.5)
+
+    return (outcomes(ours) == outcomes(theirs)).astype(float)
+
+
+def _wins_against_sft(table: str, grids: dict[str, Grid], suffix: str = "") -> list[Cell]:
+    cells = []
+    for method, grid in grids.items():
+        cells.append(_crossed(table, method, f"win_rate{suffix}", grid, "win", PERCENT, UNIT_RANGE))
+        if method != SFT:
+            cells.append(_difference(table, method, SFT, grids, f"difference_to_{SFT}{suffix}"))
+    return cells
+
+
+def _accuracies(table: str, row: str, preferred: dict[str, list[float]]) -> list[Cell]:
+    """Accuracy on held-out preferences, one a prompt, of another judge, of the profile's, and the paired difference;
+    intervals over the prompts."""
+    from fgalign.evaluation.statistics import paired_interval
+
+    titles = {"correct": "accuracy_preference", "main_correct": "accuracy_main"}
+    cells = [_share(table, row, titles[column], [values], []) for column, values in preferred.items()]
+    if len(preferred) == len(titles):
+        ours, theirs = ([[PERCENT * value for value in preferred[column]]] for column in titles)
+        cells.append(_cell(table, row, "difference_accuracy", paired_interval(ours, theirs)[:3], []))
+    return cells
+
+
+def judge_notes(profile: Profile) -> list[str]:
+    """Which judges the table ``judges`` shows, and what each was trained on."""
+    notes = [f"Main judge: {report_config(profile).judge_title}."]
+    for judge in other_judges(profile).values():
+        trained = f", trained on {judge.trained_on}" if judge.trained_on else ""
+        notes.append(f"Other judge: {judge.title}{trained}.")
+    return notes
+
+
+def _judge_block(profile: Profile, cell: Cell) -> str:
+    """The judge that a cell of ``judges`` is under; those about the judges themselves are apart."""
+    if cell.method.startswith(JUDGE):
+        return OTHER_JUDGES
+    name = cell.metric.partition(":")[2]
+    return other_judges(profile)[name].title if name else report_config(profile).judge_title
+
+
+def _judge_files(profile: Profile, row: str) -> list[Path]:
+    if row.startswith(JUDGE):
+        name = row.removeprefix(JUDGE)
+        return [metrics_path(profile, f"judges/{file}.csv") for file in (name, f"{name}_preferences")]
+    others = [metrics_path(profile, f"judges/{name}.csv") for name in other_judges(profile)]
+    return [*_judged_file(profile, row), *others]
 
 
 def study_table(study: str) -> Callable[[Profile], list[Cell]]:
@@ -379,6 +481,16 @@ TABLES: dict[str, Table] = {
         core=False,
     ),
     "label_noise": _study("label_noise", "Label noise"),
+    "judges": Table(
+        "Judges beside each other",
+        judges,
+        _judge_files,
+        # Of another judge the stages that trained it and judged with it.
+        lambda row: [row.removeprefix(JUDGE), "judge_model"] if row.startswith(JUDGE) else [row],
+        _judge_block,
+        core=False,
+        notes=judge_notes,
+    ),
     "credit": Table("Where the credit goes", credit, _one_file("credit.csv"), core=False),
     "search": Table(
         "Hyperparameter search",
@@ -419,6 +531,7 @@ def build_table(profile: Profile, name: str) -> list[Path]:
         for (table, method, metric), reported in REPORTED.items()
         if table == name
     ]
+    notes += spec.notes(profile)
     write_text(tex_path, blocks_to_tex(name, blocks(profile, name, cells), labeller(profile, name), notes))
     return [csv_path, tex_path]
 
@@ -486,6 +599,14 @@ def _crossed(
         )
     interval = crossed_interval(grid.values[column], bounds=bounds)
     return _cell(table, method, metric, [scale * value for value in interval], grid.seeds)
+
+
+def _share(table: str, row: str, metric: str, values: ArrayLike, seeds: Sequence[int]) -> Cell:
+    """The mean of shares, shape [seeds, items], in percent."""
+    from fgalign.evaluation.statistics import crossed_interval
+
+    interval = crossed_interval(values, bounds=UNIT_RANGE)
+    return _cell(table, row, metric, [PERCENT * value for value in interval], seeds)
 
 
 def _difference(table: str, method: str, other: str, grids: dict[str, Grid], metric: str | None = None) -> Cell:
