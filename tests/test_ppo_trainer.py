@@ -604,6 +604,20 @@ def test_compiling_needs_a_compiler(make_trainer, monkeypatch):
         make_trainer(compile=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [({}, None), ({"fused": True}, True), ({"compile": True}, True), ({"compile": True, "fused": False}, None)],
+)
+def test_fused_optimizer(make_trainer, options, fused):
+    assert make_trainer(**options).optimizer.param_groups[0]["fused"] is fused
+
+
+def test_fused_optimizer_steps_the_same_up_to_rounding(make_trainer):
+    plain, fused = (trained(make_trainer(count, fused=choice)) for choice in (False, True))
+    for name, value in plain.items():
+        close(fused[name], value, 1e-4)
+
+
 def test_lora(make_trainer, make_model, tmp_path):
     base = make_model(0)
     trainer = make_trainer(count, ref_model=None, peft_config=lora(), updates=3)

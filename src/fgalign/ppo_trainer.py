@@ -171,8 +171,10 @@ class FineGrainedPPOConfig:
     use_cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
     compile: bool = False
-    """Run sampling, scoring and update through torch.compile, and AdamW as one kernel. The first updates take about a
-    minute more, later ones less time. For one process; on the CPU it needs a C++ compiler."""
+    """Run sampling, scoring and update through torch.compile. The first updates take about a minute more, later ones
+    less time. For one process; on the CPU it needs a C++ compiler."""
+    fused: bool | None = None
+    """Run AdamW's step as one kernel, which is faster and rounds otherwise (None: on a GPU, and with ``compile``)."""
 
 
 def check_config(args: FineGrainedPPOConfig) -> None:
@@ -406,8 +408,10 @@ class FineGrainedPPOTrainer:
             raise ConfigError(f"compile: expected false on {processes} processes, found true")
         # Without dropout the ratio of the new to the old policy is 1 before the first step.
         both = PolicyWithValue(model, value_model, has_values=args.advantage == "gae").eval()
-        fused = {"fused": True} if args.compile else {}
-        optimizer = torch.optim.AdamW(self._groups(both), weight_decay=args.weight_decay, betas=(0.9, 0.95), **fused)
+        fused = self.device.type == "cuda" or args.compile if args.fused is None else args.fused
+        optimizer = torch.optim.AdamW(
+            self._groups(both), weight_decay=args.weight_decay, betas=(0.9, 0.95), **({"fused": True} if fused else {})
+        )
         self.model, self.optimizer = prepare_trained(
             both, optimizer, self.accelerator, args.microbatch_size or args.minibatch_size // processes
         )
@@ -567,14 +571,18 @@ class FineGrainedPPOTrainer:
                 losses, share = self._micro_losses(experience, piece.to(self.device), total)
                 # Processes' gradients are averaged, so each multiplies by their number.
                 loss = (losses["policy/loss"] + args.value_coef * losses["value/loss"]) * share
-                if not math.isfinite(loss.item()):
+                # One copy from the device for all numbers: each waits for everything before it.
+                value, weight, *parts = torch.stack(
+                    [loss.detach(), share, *map(Tensor.detach, losses.values())]
+                ).tolist()
+                if not math.isfinite(value):
                     raise TrainingError(
-                        f"PPO loss is {float(loss)} after {self.gradient_updates} gradient updates; expected a finite "
+                        f"PPO loss is {value} after {self.gradient_updates} gradient updates; expected a finite "
                         "number: lower the learning rate or look at the rewards"
                     )
                 self.accelerator.backward(loss * processes)
-            for name in statistics:
-                statistics[name] += losses[name].item() * share.item()
+            for name, part in zip(losses, parts, strict=True):
+                statistics[name] += part * weight
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
