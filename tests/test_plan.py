@@ -165,6 +165,22 @@ def test_the_shipped_profile_fits(paper):
     ]  # fmt: skip
 
 
+def test_what_edits_and_judges_fits_the_data(paper):
+    # AlpacaFarm comes without edits and without gold answers, so neither replay nor ROUGE-L can work on it.
+    from fgalign.annotate import get_annotator
+    from fgalign.config import parse_section
+    from fgalign.evaluation.judges import get_judge
+    from fgalign.evaluation.llm_judge import LLMJudgeConfig
+
+    assert paper.params["source"]["name"] == "alpaca_farm"
+    section = dict(paper.params["annotator"])
+    name = section.pop("name")
+    assert name == "llm" and parse_section(section, get_annotator(name).config, "annotator").task == "minimal_edit"
+    evaluation = paper.params["evaluation"]
+    options = parse_section(evaluation["judge_options"], LLMJudgeConfig, "judge_options")
+    assert get_judge(evaluation["judge"], llm=options).title == paper.params["report"]["judge_title"]
+
+
 def test_a_judge_is_trained_once_and_not_for_each_seed(paper):
     paper.params["plan"]["tflops"] = 1e-7  # hours that two decimals show
     rows = {line.split()[0]: line.split() for line in report(paper)[0].splitlines()[3:13]}
