@@ -94,6 +94,6 @@ lock: ## Resolve the newest dependencies that pyproject.toml allows into require
 	mv build/requirements.lock requirements.lock
 	rm -rf build
 
-clean: ## Remove .venv and caches; data, results and MLflow runs stay
-	rm -rf $(VENV) build .pytest_cache .ruff_cache src/*.egg-info
+clean: ## Remove .venv, .venv-trl and caches; data, results and MLflow runs stay
+	rm -rf $(VENV) .venv-trl build .pytest_cache .ruff_cache src/*.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
