@@ -110,8 +110,8 @@ def measure(options: argparse.Namespace, out: Path | None) -> None:
 def write_machine(out: Path, session: Any, started: float, load: float) -> None:
     """Write ``hardware.json``: the machine, versions, how long the run took, how busy the machine was."""
     from speed.environment import versions
-    from speed.hardware import describe
 
+    from fgalign.hardware import describe
     from fgalign.io import write_json
 
     pythons = {"fgalign": sys.executable, "trl_ppo": session.trl_python}

@@ -9,7 +9,6 @@ processes. Nothing is asserted: machines differ, and a machine differs from itse
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fgalign.config import Profile, load_profile
-from fgalign.errors import FgalignError, InputError
+from fgalign.errors import FgalignError
+from fgalign.hardware import stage_seconds, timings_file
 from fgalign.tracking import tracking_uri
 
 # First match wins; a stage's title is what the command line prints.
@@ -50,26 +50,6 @@ IMPORTS = (
     "import matplotlib.pyplot",
     "from scipy import stats",
 )
-
-
-def stage_seconds(log: Path) -> dict[str, float]:
-    """Seconds of each stage, the newest entry of each, in the order of the file's last entries.
-
-    Raises:
-        InputError: no such file, or a line that is not ``{"stage": ..., "seconds": ...}``.
-    """
-    if not log.exists():
-        raise InputError(f"{log}: no timings yet; run the pipeline first (`make reproduce`)")
-    seconds: dict[str, float] = {}
-    for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            stage, value = str(entry["stage"]), float(entry["seconds"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f'{log}:{number}: expected {{"stage": ..., "seconds": ...}}, found {line!r}') from None
-        seconds.pop(stage, None)
-        seconds[stage] = value
-    return seconds
 
 
 def group_seconds(stages: Mapping[str, float]) -> dict[str, float]:
@@ -165,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         profile = load_profile(options.profile)
-        stages = stage_seconds(profile.root / "timings" / f"{profile.name}.jsonl")
+        stages = stage_seconds(timings_file(profile))
     except FgalignError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -199,6 +200,25 @@ def test_time_of_stages_is_the_newest_of_each(benchmark_script, tmp_path):
         benchmark_script.stage_seconds(log)
     with pytest.raises(InputError, match="no timings yet"):
         benchmark_script.stage_seconds(tmp_path / "none.jsonl")
+
+
+def test_hardware_says_what_the_stages_took_and_on_what(tmp_path):
+    from fgalign.hardware import write_hardware
+    from fgalign.io import read_json
+
+    profile = SimpleNamespace(root=tmp_path, name="mini", results=tmp_path / "results")
+    with pytest.raises(InputError, match="no timings yet"):
+        write_hardware(profile)
+    (tmp_path / "timings").mkdir()
+    (tmp_path / "timings" / "mini.jsonl").write_text(
+        '{"stage": "sft", "seconds": 99.0}\n{"stage": "raw", "seconds": 30.0}\n{"stage": "sft", "seconds": 60.0}\n'
+    )
+    found = write_hardware(profile)
+    assert found == read_json(tmp_path / "results" / "hardware.json")
+    assert (found["minutes"], found["seconds"]) == (1.5, {"raw": 30.0, "sft": 60.0})
+    assert found["cores"] >= 1 and 0 < found["memory_gib"] < 10_000 and found["versions"]["torch"]
+    machine = {"processor", "family_model", "instructions", "cores", "threads", "memory_gib", "gpu", "system"}
+    assert set(found) == machine | {"versions", "minutes", "seconds"}  # and no name of the machine
 
 
 def test_every_stage_has_a_group(benchmark_script):

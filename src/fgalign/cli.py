@@ -16,6 +16,7 @@ import typer
 from fgalign import tracking
 from fgalign.config import Profile, load_profile
 from fgalign.errors import ConfigError, FgalignError
+from fgalign.hardware import timings_file
 from fgalign.parallel import is_main_process, process_count
 
 app = typer.Typer(
@@ -61,7 +62,7 @@ def stage(profile_name: str | None, title: str, launched: bool = False, tracked:
     finally:
         tracking.stop()
     seconds = {"stage": title, "seconds": round(time.time() - started, 2)}
-    log = profile.root / "timings" / f"{profile.name}.jsonl"
+    log = timings_file(profile)
     log.parent.mkdir(exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         file.write(json.dumps(seconds) + "\n")
@@ -82,6 +83,15 @@ def plan(
         print(f"does not fit: {line}")
     if wrong:
         raise ConfigError(f"plan: {len(wrong)} of the profile's settings do not fit; see above")
+
+
+@app.command()
+def hardware(profile: ProfileOption = None) -> None:
+    """Write results/<profile>/hardware.json: this machine, versions, and what the last runs of the stages took."""
+    from fgalign.hardware import write_hardware
+
+    found = write_hardware(load_profile(profile))
+    print(f"{found['processor']}, GPU {found['gpu'] and found['gpu']['name']}: {found['minutes']} minutes of stages")
 
 
 @app.command()
