@@ -393,7 +393,7 @@ def test_an_unknown_task_is_refused_before_any_model_is_loaded(tmp_path, monkeyp
 HARNESS_FOLDERS = ("mmlu/default", "truthfulqa", "crows_pairs", "winogender")
 
 
-@pytest.mark.parametrize("name", ["mini", "more-seeds", "human", "paper"])
+@pytest.mark.parametrize("name", ["mini", "more-seeds", "human", "human-gpu", "paper"])
 def test_the_tasks_of_every_profile_exist(name):
     profile = load_profile(name, ROOT)
     if "benchmarks" not in profile.params:

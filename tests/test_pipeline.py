@@ -326,7 +326,7 @@ def test_training_without_truth_and_test_split_gives_the_same_bytes(smoke: Path)
     assert lock.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["mini", "more-seeds", "human", "smoke", "paper"])
+@pytest.mark.parametrize("name", ["mini", "more-seeds", "human", "human-gpu", "smoke", "paper"])
 def test_every_section_of_every_profile_is_valid(name: str, copy: Path) -> None:
     from fgalign.annotate import get_annotator
     from fgalign.base_model import PretrainedConfig, ScratchConfig

@@ -165,6 +165,14 @@ def test_the_shipped_profile_fits(paper):
     ]  # fmt: skip
 
 
+def test_the_profile_for_one_gpu_fits_it():
+    from fgalign.plan import report
+
+    text, wrong = report(load_profile("human-gpu", ROOT))
+    # SmolLM2's 134,515,008 parameters and the output layer, which the plan counts apart from the embeddings.
+    assert not wrong and "0.16 billion parameters, 1 GPUs of 79 GiB" in text
+
+
 def test_what_edits_and_judges_fits_the_data(paper):
     # AlpacaFarm comes without edits and without gold answers, so neither replay nor ROUGE-L can work on it.
     from fgalign.annotate import get_annotator
