@@ -604,10 +604,7 @@ def test_compiling_needs_a_compiler(make_trainer, monkeypatch):
         make_trainer(compile=True)
 
 
-@pytest.mark.parametrize(
-    ("options", "fused"),
-    [({}, None), ({"fused": True}, True), ({"compile": True}, True), ({"compile": True, "fused": False}, None)],
-)
+@pytest.mark.parametrize(("options", "fused"), [({}, True), ({"fused": True}, True), ({"fused": False}, None)])
 def test_fused_optimizer(make_trainer, options, fused):
     assert make_trainer(**options).optimizer.param_groups[0]["fused"] is fused
 

@@ -173,8 +173,8 @@ class FineGrainedPPOConfig:
     compile: bool = False
     """Run sampling, scoring and update through torch.compile. The first updates take about a minute more, later ones
     less time. For one process; on the CPU it needs a C++ compiler."""
-    fused: bool | None = None
-    """Run AdamW's step as one kernel, which is faster and rounds otherwise (None: on a GPU, and with ``compile``)."""
+    fused: bool = True
+    """Take AdamW's step in one kernel. It is faster, and rounds otherwise than without."""
 
 
 def check_config(args: FineGrainedPPOConfig) -> None:
@@ -408,10 +408,8 @@ class FineGrainedPPOTrainer:
             raise ConfigError(f"compile: expected false on {processes} processes, found true")
         # Without dropout the ratio of the new to the old policy is 1 before the first step.
         both = PolicyWithValue(model, value_model, has_values=args.advantage == "gae").eval()
-        fused = self.device.type == "cuda" or args.compile if args.fused is None else args.fused
-        optimizer = torch.optim.AdamW(
-            self._groups(both), weight_decay=args.weight_decay, betas=(0.9, 0.95), **({"fused": True} if fused else {})
-        )
+        fused = {"fused": True} if args.fused else {}
+        optimizer = torch.optim.AdamW(self._groups(both), weight_decay=args.weight_decay, betas=(0.9, 0.95), **fused)
         self.model, self.optimizer = prepare_trained(
             both, optimizer, self.accelerator, args.microbatch_size or args.minibatch_size // processes
         )
