@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,8 @@ class OptimConfig(Section):
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     sampling: Literal["random", "group_by_length"] = "random"
+    """Order of the examples; ``group_by_length`` puts those of similar length (``row_length``) into one batch, which
+    then pads little."""
     lora: LoraSection | None = None
 
 
@@ -125,6 +128,19 @@ def decay(schedule: str, fraction: float) -> float:
     return 1.0
 
 
+def row_length(row: Mapping[str, Any]) -> int:
+    """How long a training row is, to group rows by: its prompt and the longest of its other columns. Ids of a list, or
+    of the longest of several lists; in a row without lists, characters of a text."""
+    kind = list if any(isinstance(value, list) for value in row.values()) else str
+    lengths = {
+        name: max(map(len, value)) if value and isinstance(value[0], list) else len(value)
+        for name, value in row.items()
+        if isinstance(value, kind)
+    }
+    prompt = sum(length for name, length in lengths.items() if name.startswith("prompt"))
+    return prompt + max((length for name, length in lengths.items() if not name.startswith("prompt")), default=0)
+
+
 def train(trainer: Trainer, run: Run, title: str, optim: OptimConfig) -> dict[str, int]:
     """Train with a bar and a tracked run instead of the trainer's own printing, to the end of the token budget if
     ``optim`` has one. The trainer's arguments are those that ``trainer_arguments`` made of ``optim``.
@@ -132,6 +148,10 @@ def train(trainer: Trainer, run: Run, title: str, optim: OptimConfig) -> dict[st
     Returns:
         ``training_tokens`` and ``gradient_updates``, as ``Context.spend`` takes them.
     """
+    rows, length = trainer.train_dataset, trainer.args.length_column_name
+    if optim.sampling == "group_by_length" and not {"input_ids", length} & set(rows.column_names):
+        # The sampler of transformers knows by itself how long ``input_ids`` are, and nothing else.
+        trainer.train_dataset = rows.add_column(length, [row_length(row) for row in rows])
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(run, title, optim.max_tokens, optim.schedule))
     trainer.train()

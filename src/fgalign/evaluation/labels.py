@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fgalign.core.schema import BAD, Edit, GoldMarks, LabelledPair
 from fgalign.core.tokens import token_offsets
 from fgalign.errors import InputError
-from fgalign.evaluation.statistics import precision_recall
+from fgalign.evaluation.statistics import parts_interval, ratio_parts
 
 
 def gold_types(tokenizer: Any, text: str, marks: GoldMarks) -> list[set[str]]:
@@ -36,35 +38,51 @@ def gold_types(tokenizer: Any, text: str, marks: GoldMarks) -> list[set[str]]:
 def label_quality(
     tokenizer: Any, edits: Sequence[Edit], pairs: Sequence[LabelledPair], marks: Mapping[str, GoldMarks]
 ) -> dict[str, Any]:
-    """Precision, recall and F1 of the label bad on initial responses over all tokens (without end tokens), and, for
-    each type of flaw, its tokens and the share of them labelled bad.
+    """Precision, recall and F1 of the label bad on initial responses over all tokens (without end tokens). For each
+    type of flaw: its tokens, the share of them labelled bad (recall), and its share of all tokens labelled bad
+    (``share_of_labels``; these add up to the precision, more where spans of two types overlap). ``intervals`` are 95%
+    intervals over responses, of those that rest on more than one.
 
     Raises:
         InputError: an edit has no marks.
     """
-    predicted: list[bool] = []
-    truth: list[bool] = []
-    by_type: dict[str, list[bool]] = {}
-    for edit, pair in zip(edits, pairs, strict=True):
+    labels: list[bool] = []
+    kinds: list[set[str]] = []
+    own: list[int] = []
+    for number, (edit, pair) in enumerate(zip(edits, pairs, strict=True)):
         if edit.id not in marks:
             raise InputError(f"edit {edit.id!r} has no gold marks of its initial response; make the raw data again")
-        kinds = gold_types(tokenizer, edit.initial, marks[edit.id])[:-1]
-        labels = [label == BAD for label in pair.initial_labels[:-1]]
-        predicted += labels
-        truth += [bool(kind) for kind in kinds]
-        for label, kind in zip(labels, kinds, strict=True):
-            for name in kind:
-                by_type.setdefault(name, []).append(label)
-    quality = precision_recall(predicted, truth)
+        found = [label == BAD for label in pair.initial_labels[:-1]]
+        labels += found
+        kinds += gold_types(tokenizer, edit.initial, marks[edit.id])[:-1]
+        own += [number] * len(found)
+    label, truth = np.array(labels, dtype=bool), np.array([bool(kind) for kind in kinds], dtype=bool)
+    every = np.ones(label.size)
+
+    def shares(**ratios: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+        """Each ratio, part over whole (None without a whole), and the intervals."""
+        parts = {name: ratio_parts(part, whole, own, len(pairs)) for name, (part, whole) in ratios.items()}
+        intervals = {name: parts_interval([part]) for name, part in parts.items() if part is not None}
+        return {
+            **{name: None if part is None else part.value for name, part in parts.items()},
+            "intervals": {
+                name: [interval.low, interval.high] for name, interval in intervals.items() if interval is not None
+            },
+        }
+
+    def of_type(name: str) -> dict[str, Any]:
+        flawed = np.array([name in kind for kind in kinds], dtype=bool)
+        hits = flawed & label
+        return {**shares(recall=(hits, flawed), share_of_labels=(hits, label)), "tokens": int(flawed.sum())}
+
     return {
         "pairs": len(pairs),
-        "precision": quality.precision,
-        "recall": quality.recall,
-        "f1": quality.f1,
-        "share_bad_labelled": sum(predicted) / len(predicted),
-        "share_bad_truth": sum(truth) / len(truth),
-        "by_type": {
-            name: {"recall": sum(labels) / len(labels), "tokens": len(labels)}
-            for name, labels in sorted(by_type.items())
-        },
+        **shares(
+            precision=(label & truth, label),
+            recall=(label & truth, truth),
+            f1=(2 * (label & truth), label.astype(int) + truth),
+            share_bad_labelled=(label, every),
+            share_bad_truth=(truth, every),
+        ),
+        "by_type": {name: of_type(name) for name in sorted(set().union(*kinds))},
     }

@@ -41,15 +41,22 @@ class SeedVariance(NamedTuple):
     freedom: float
 
 
-class PrecisionRecall(NamedTuple):
-    """Shares from 0 to 1; None where the denominator is empty (JSON has no NaN)."""
+class Parts(NamedTuple):
+    """A statistic of tokens, with what its interval over responses needs.
 
-    precision: float | None
-    recall: float | None
-    f1: float | None
+    ``values`` (responses N,) are the statistic plus each response's influence on it (its linearisation); their mean is
+    the statistic, and their spread takes into account that the tokens of a response belong together. ``responses`` is
+    the smallest number of responses that a side of it comes from; one less caps the degrees of freedom.
+    """
+
+    value: float
+    values: np.ndarray
+    responses: int
 
 
-def crossed_interval(values: ArrayLike, level: float = 0.95, bounds: Bounds | None = None) -> Interval:
+def crossed_interval(
+    values: ArrayLike, level: float = 0.95, bounds: Bounds | None = None, max_freedom: float | None = None
+) -> Interval:
     """Interval of the grand mean when both the seeds and the prompts are samples.
 
     Shape of ``values``: (seeds S, prompts P), every seed having answered the same prompts. The model is two-way crossed
@@ -71,14 +78,17 @@ def crossed_interval(values: ArrayLike, level: float = 0.95, bounds: Bounds | No
     98 % of the tables with 3 seeds and 100 prompts, and 94 to 97 % with 5 seeds; with 2 seeds and 50 prompts it was
     88 to 98 %, too narrow where seeds matter, so train at least three.
 
-    ``bounds`` are the values' own limits, (0, 1) for a win rate: the interval is cut to them.
+    ``bounds`` are the values' own limits, (0, 1) for a win rate: the interval is cut to them. Values of two prompts or
+    more that are all the same show no spread to reckon with; with bounds the interval is then the exact binomial's
+    (Clopper and Pearson 1934): another prompt differs with a chance of at most 1 - ((1 - level) / 2)^(1/P), and by no
+    more than to a bound. ``max_freedom`` caps the degrees of freedom.
 
     Raises:
         ValueError: not a table of at least two values, a value that is not finite or outside the bounds, a bad level.
     """
     table = _table(values, "values")
     mean, error, freedom = _crossed(table)
-    return _interval(table, mean, error, freedom, level, bounds)
+    return _interval(table, mean, error, freedom if max_freedom is None else min(freedom, max_freedom), level, bounds)
 
 
 def pooled_seed_variance(tables: ArrayLike) -> SeedVariance:
@@ -118,8 +128,22 @@ def pooled_seed_variance(tables: ArrayLike) -> SeedVariance:
     return SeedVariance(max(0.0, between - within) / prompts, float(freedom))
 
 
+def parts_interval(by_seed: Sequence[Parts], level: float = 0.95) -> Interval | None:
+    """Interval of a statistic of tokens, a share from 0 to 1, over seeds (one ``Parts`` each, of the same responses)
+    and responses. None where it rests on a single response."""
+    held = min(parts.responses for parts in by_seed)
+    if held < 2:
+        return None
+    interval = crossed_interval([parts.values for parts in by_seed], level, max_freedom=held - 1)
+    return Interval(interval.mean, max(interval.low, 0.0), min(interval.high, 1.0))
+
+
 def paired_interval(
-    a: ArrayLike, b: ArrayLike, level: float = 0.95, seed_variance: SeedVariance | None = None
+    a: ArrayLike,
+    b: ArrayLike,
+    level: float = 0.95,
+    seed_variance: SeedVariance | None = None,
+    bounds: Bounds | None = None,
 ) -> PairedInterval:
     """Interval of mean(a - b) by ``crossed_interval``'s model on the differences, and its two-sided p value.
 
@@ -130,6 +154,8 @@ def paired_interval(
     MS_seeds becomes MS_res + 2 P v, with the degrees of freedom of v. Pooled over ``a`` and ``b`` alone it changes
     nothing.
 
+    ``bounds`` are the limits of ``a`` and of ``b``, used as ``crossed_interval`` uses them.
+
     Raises:
         ValueError: as ``crossed_interval``, or the shapes differ, or ``seed_variance`` for a single seed or prompt.
     """
@@ -138,7 +164,8 @@ def paired_interval(
         raise ValueError(f"paired_interval: expected two tables of one shape, found {first.shape} and {second.shape}")
     differences = first - second
     mean, error, freedom = _crossed(differences, seed_variance)
-    interval = _interval(differences, mean, error, freedom, level, None)
+    reach = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
+    interval = _interval(differences, mean, error, freedom, level, reach)
     p_value = float(2 * stats.t.sf(abs(mean) / error, freedom)) if error > 0 else float(mean == 0)
     return PairedInterval(*interval, p_value)
 
@@ -176,20 +203,54 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float | None:
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
 
-def precision_recall(predicted: ArrayLike, truth: ArrayLike) -> PrecisionRecall:
-    """Precision, recall and F1 of flags against true flags (booleans or 0 and 1, of one shape).
+def auroc_parts(scores: ArrayLike, labels: ArrayLike, responses: ArrayLike, count: int) -> Parts | None:
+    """``auroc`` of tokens, as ``Parts``; ``responses`` (tokens,) says which of the ``count`` responses, from 0, a token
+    belongs to. A positive contributes the share of negatives that it beats, a negative the share of positives that it
+    does not, each less the AUROC and divided by the number of its kind (Obuchowski 1997: clustered ROC data).
 
-    Precision is None when nothing is predicted, recall is None when nothing is true, and F1 = 2 TP / (2 TP + FP + FN)
-    is None only when both hold; it is 0 when just one of them does.
+    In simulations (600 sets of 64 responses of 30 to 90 tokens, for weak and strong effects of the response) a 95 %
+    interval of their mean held the truth in 94 to 95 % with positives in 40 responses or more, and in 91 to 95 % with
+    positives in 3 to 20 of them. None when only one class is there.
 
     Raises:
-        ValueError: other values, or different shapes.
+        ValueError: as ``auroc``; a number of a response that is not below ``count``.
     """
-    guess, fact = _flags(predicted, "predicted"), _flags(truth, "truth")
-    if guess.shape != fact.shape:
-        raise ValueError(f"precision_recall: expected one shape, found predicted {guess.shape} and truth {fact.shape}")
-    hits, guessed, true = int((guess & fact).sum()), int(guess.sum()), int(fact.sum())
-    return PrecisionRecall(_share(hits, guessed), _share(hits, true), _share(2 * hits, guessed + true))
+    area = auroc(scores, labels)
+    if area is None:
+        return None
+    score, label = np.asarray(scores, dtype=float), _flags(labels, "labels")
+    own = _own(responses, label.shape, count)
+    ordered = {side: np.sort(score[label == side]) for side in (True, False)}
+
+    def beaten(side: bool, by: np.ndarray) -> np.ndarray:
+        others = ordered[side]
+        return (np.searchsorted(others, by, "left") + np.searchsorted(others, by, "right")) / (2 * others.size)
+
+    influence = np.empty(score.shape)
+    influence[label] = (beaten(False, score[label]) - area) / ordered[True].size
+    influence[~label] = (1 - beaten(True, score[~label]) - area) / ordered[False].size
+    held = min(np.unique(own[label]).size, np.unique(own[~label]).size)
+    return Parts(area, area + count * np.bincount(own, influence, count), held)
+
+
+def ratio_parts(part: ArrayLike, whole: ArrayLike, responses: ArrayLike, count: int) -> Parts | None:
+    """sum(part) / sum(whole) over tokens, as ``Parts`` (the ratio estimator of cluster sampling, Cochran 1977, section
+    6); ``part`` and ``whole`` are numbers of at least 0 or flags, one a token, ``responses`` and ``count`` as in
+    ``auroc_parts``. None when ``whole`` is 0 everywhere.
+
+    Raises:
+        ValueError: different lengths, a number of a response that is not below ``count``.
+    """
+    top, bottom = np.asarray(part, dtype=float), np.asarray(whole, dtype=float)
+    if top.shape != bottom.shape:
+        raise ValueError(f"ratio_parts: expected one shape, found part {top.shape} and whole {bottom.shape}")
+    own = _own(responses, bottom.shape, count)
+    total = float(bottom.sum())
+    if total == 0:
+        return None
+    ratio = float(top.sum()) / total
+    influence = np.bincount(own, (top - ratio * bottom) / total, count)
+    return Parts(ratio, ratio + count * influence, np.unique(own[bottom > 0]).size)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -262,6 +323,9 @@ def _interval(
             raise ValueError(
                 f"values: expected values from {bounds[0]} to {bounds[1]}, found {table.min()} to {table.max()}"
             )
+        if error == 0 and table.shape[1] > 1:
+            share = 1 - ((1 - level) / 2) ** (1 / table.shape[1])
+            low, high = mean - share * (mean - bounds[0]), mean + share * (bounds[1] - mean)
         low, high = max(low, bounds[0]), min(high, bounds[1])
     return Interval(mean, low, high)
 
@@ -284,6 +348,15 @@ def _require_finite(array: np.ndarray, name: str, axes: tuple[str, ...]) -> None
         )
 
 
+def _own(responses: ArrayLike, shape: tuple[int, ...], count: int) -> np.ndarray:
+    own = np.asarray(responses, dtype=int)
+    if own.shape != shape:
+        raise ValueError(f"responses: expected one number a token, shape {shape}, found {own.shape}")
+    if own.size and not 0 <= own.min() <= own.max() < count:
+        raise ValueError(f"responses: expected numbers from 0 to {count - 1}, found {own.min()} to {own.max()}")
+    return own
+
+
 def _flags(values: ArrayLike, name: str) -> np.ndarray:
     array = np.asarray(values)
     if array.dtype != bool:
@@ -291,7 +364,3 @@ def _flags(values: ArrayLike, name: str) -> np.ndarray:
         if wrong:
             raise ValueError(f"{name}: expected booleans or 0 and 1, found {wrong[0]!r}")
     return array.astype(bool)
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None

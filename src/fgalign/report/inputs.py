@@ -61,8 +61,8 @@ class Grid:
     values: dict[str, np.ndarray]
 
 
-def read_rows(path: Path, columns: tuple[str, ...], writer: str) -> list[dict[str, str]]:
-    """Rows of a CSV file that must have ``columns`` (others are kept) and at least one row.
+def read_rows(path: Path, columns: tuple[str, ...], writer: str, empty_ok: bool = False) -> list[dict[str, str]]:
+    """Rows of a CSV file that must have ``columns`` (others are kept) and, without ``empty_ok``, at least one row.
 
     ``writer`` says in errors what to run, for example "the stage that judges `figa`".
     """
@@ -83,7 +83,7 @@ def read_rows(path: Path, columns: tuple[str, ...], writer: str) -> list[dict[st
                     f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} fields; run {writer} again"
                 )
             rows.append(row)
-    if not rows:
+    if not rows and not empty_ok:
         raise InputError(f"{path}: no rows below the header; run {writer} again")
     return rows
 
@@ -224,6 +224,17 @@ def read_reward_pairs(profile: Profile, model: str, metric: str) -> Grid:
     """Whether a reward model ranks each held-out pair rightly (1, a tie 0.5, else 0); the column is ``correct``."""
     path, writer = metrics_path(profile, "reward_pairs.csv"), "the stage that evaluates the reward models"
     return read_grid(path, profile.seeds, ("correct",), writer, where={"model": model, "metric": metric})
+
+
+def read_token_intervals(profile: Profile) -> dict[tuple[str, str], tuple[float, float]]:
+    """``(model, metric) -> (low, high)``: 95% intervals of token metrics over seeds and responses, of those that have
+    one."""
+    path, writer = metrics_path(profile, "token_intervals.csv"), "the stage that evaluates the reward models"
+    rows = read_rows(path, ("model", "metric", "low", "high"), writer, empty_ok=True)
+    return {
+        (row["model"], row["metric"]): (number(row["low"], path, line, "low"), number(row["high"], path, line, "high"))
+        for line, row in enumerate(rows, start=2)
+    }
 
 
 def read_budgets(profile: Profile, methods: list[str]) -> PerSeed:
@@ -373,21 +384,25 @@ def read_label_statistics(profile: Profile) -> dict[str, dict[str, float]]:
     return splits
 
 
-def read_label_quality(profile: Profile) -> dict[str, dict[str, float]]:
-    """``all | flaw type -> metric -> value`` of the minimal-edit labels against the truth.
+def read_label_quality(profile: Profile) -> dict[str, dict[str, list[float]]]:
+    """``all | flaw type -> metric -> [value]``, or ``[value, low, high]`` where it has an interval, of the minimal-edit
+    labels against the truth.
 
     A share without a denominator (null in the file: no token of that kind) is left out; the table shows a dash.
     """
     path = metrics_path(profile, "label_quality.json")
     quality = dict(read_json(path))
     by_type = quality.pop("by_type", {})
-    rows = {"all": quality, **by_type}
-    for kind, values in rows.items():
+    rows = {}
+    for kind, values in {"all": quality, **by_type}.items():
         if not isinstance(values, dict):
             raise InputError(f"{path}: {kind}: expected metrics by name, found {values!r}")
-        rows[kind] = {name: value for name, value in values.items() if value is not None}
-        for name, value in rows[kind].items():
-            number(str(value), path, 1, f"{kind}.{name}")
+        intervals = values.get("intervals", {})
+        rows[kind] = {
+            name: [number(str(part), path, 1, f"{kind}.{name}") for part in (value, *intervals.get(name, ()))]
+            for name, value in values.items()
+            if name != "intervals" and value is not None
+        }
     return rows
 
 

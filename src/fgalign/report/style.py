@@ -113,6 +113,9 @@ METRICS: dict[str, MetricStyle] = {
     "precision": MetricStyle("Precision", "%", 1),
     "recall": MetricStyle("Recall", "%", 1),
     "f1": MetricStyle("F1", "%", 1),
+    "share_of_labels": MetricStyle("Part of the bad labels", "%", 1),
+    "share_bad_labelled": MetricStyle("Labelled bad", "%", 1),
+    "share_bad_truth": MetricStyle("Truly flawed", "%", 1),
     "flawed_tokens": MetricStyle("Flawed tokens", "", 0),
 }
 

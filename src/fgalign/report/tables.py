@@ -8,7 +8,7 @@ effects (``statistics.crossed_interval``) where there is a value per (seed, prom
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,8 @@ UNIT_RANGE = (0.0, 1.0)
 # Metrics of reward_models.csv that are shares (0 to 1) and are shown in percent.
 PAIR_SHARES = ("accuracy_preference", "accuracy_edit")
 SHARES = (*PAIR_SHARES, "token_precision", "token_recall")
+# Those of label_quality.json.
+LABEL_SHARES = ("precision", "recall", "f1", "share_of_labels", "share_bad_labelled", "share_bad_truth")
 
 
 QUALITY, BUDGETS = "Quality", "Budget and tasks"
@@ -211,7 +213,8 @@ def _accuracies(table: str, row: str, preferred: dict[str, list[float]]) -> list
     cells = [_share(table, row, titles[column], [values], []) for column, values in preferred.items()]
     if len(preferred) == len(titles):
         ours, theirs = ([[PERCENT * value for value in preferred[column]]] for column in titles)
-        cells.append(_cell(table, row, "difference_accuracy", paired_interval(ours, theirs)[:3], []))
+        interval = paired_interval(ours, theirs, bounds=(0.0, PERCENT))
+        cells.append(_cell(table, row, "difference_accuracy", interval[:3], []))
     return cells
 
 
@@ -331,14 +334,20 @@ def credit(profile: Profile) -> list[Cell]:
 
 
 def xu_reward_models(profile: Profile) -> list[Cell]:
-    """Accuracy of each reward model on held-out pairs, and of the token models on single tokens."""
+    """Accuracy of each reward model on held-out pairs, and of the token models on single tokens; intervals over seeds
+    and pairs, or seeds and responses (``statistics.Parts``)."""
     name = "xu_reward_models"
     models = inputs.read_reward_models(profile, report_config(profile).reward_models)
+    intervals = inputs.read_token_intervals(profile)
     cells = []
     for cell in _model_cells(name, profile, models):
         if cell.metric in PAIR_SHARES:
             grid = inputs.read_reward_pairs(profile, cell.method, cell.metric)
             cell = _crossed(name, cell.method, cell.metric, grid, "correct", PERCENT, UNIT_RANGE)
+        else:
+            scale = PERCENT if cell.metric in SHARES else 1.0
+            bounds = [scale * value for value in intervals.get((cell.method, cell.metric), ())] or [None, None]
+            cell = replace(cell, low=bounds[0], high=bounds[1])
         cells.append(cell)
     return cells
 
@@ -388,17 +397,19 @@ def first_reaching(points: list[dict[str, float]], target: float) -> dict[str, f
 
 
 def labels(profile: Profile) -> list[Cell]:
-    """Statistics of the minimal-edit labels by split, and their agreement with the truth; no training, so no seeds."""
+    """Statistics of the minimal-edit labels by split, and their agreement with the truth, with intervals over
+    responses; no training, so no seeds."""
     cells = []
     for split, values in inputs.read_label_statistics(profile).items():
         for metric, value in values.items():
             scale = PERCENT if metric.startswith("share_") else 1.0
             cells.append(Cell(f"split:{split}", metric, scale * value))
     for kind, values in inputs.read_label_quality(profile).items():
-        for metric, value in values.items():
-            scale = PERCENT if metric in ("precision", "recall", "f1") else 1.0
+        for metric, found in values.items():
+            scale = PERCENT if metric in LABEL_SHARES else 1.0
             # `tokens` counts flawed tokens here; elsewhere it is the length of a response.
-            cells.append(Cell(f"flaws:{kind}", "flawed_tokens" if metric == "tokens" else metric, scale * value))
+            name = "flawed_tokens" if metric == "tokens" else metric
+            cells.append(Cell(f"flaws:{kind}", name, *[scale * value for value in found]))
     return cells
 
 
@@ -463,7 +474,9 @@ TABLES: dict[str, Table] = {
     "xu_reward_models": Table(
         "Reward models",
         xu_reward_models,
-        lambda profile, row: [metrics_path(profile, f"{name}.csv") for name in ("reward_models", "reward_pairs")],
+        lambda profile, row: [
+            metrics_path(profile, f"{name}.csv") for name in ("reward_models", "reward_pairs", "token_intervals")
+        ],
         block=_by_kind,
     ),
     "xu_token_models": Table(
@@ -613,7 +626,7 @@ def _difference(table: str, method: str, other: str, grids: dict[str, Grid], met
     """Win rate of ``method`` minus that of ``other`` in points, paired by seed and prompt."""
     from fgalign.evaluation.statistics import paired_interval
 
-    interval = paired_interval(*paired_wins(grids[method], grids[other]))
+    interval = paired_interval(*paired_wins(grids[method], grids[other]), bounds=(0.0, PERCENT))
     return _cell(table, method, metric or f"difference_to_{other}", interval[:3], grids[method].seeds)
 
 

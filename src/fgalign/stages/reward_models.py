@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fgalign.config import Profile
 from fgalign.core.raw_data import read_split
@@ -13,13 +13,17 @@ from fgalign.evaluation.truth import initial_marks, read_truth
 from fgalign.io import write_csv, write_json
 from fgalign.tracking import track
 
+if TYPE_CHECKING:
+    from fgalign.evaluation.statistics import Parts
+
 TOKEN_AUROC = "token_auroc"
 
 
 def run_reward_models(profile: Profile) -> None:
     """reward_models: accuracy of every reward model on held-out pairs (``reward_models.csv``; pair by pair
-    ``reward_pairs.csv``), token metrics against the truth, rewards of initial, revised and reference responses
-    (``figa_data.csv``), examples for the picture (``token_examples.json``)."""
+    ``reward_pairs.csv``), token metrics against the truth (their intervals over seeds and responses:
+    ``token_intervals.csv``), rewards of initial, revised and reference responses (``figa_data.csv``), examples for the
+    picture (``token_examples.json``)."""
 
     from fgalign.core.tokens import encode_response
     from fgalign.labels import label_edit
@@ -30,8 +34,9 @@ def run_reward_models(profile: Profile) -> None:
     edits, pairs = held_out.edits, held_out.pairs
     references = {record.prompt: record for record in read_truth(profile.data / "gold" / "test").references}
 
-    def one(seed: int) -> tuple[dict[str, dict[str, float]], list[dict], list[dict[str, Any]], list[list[float]]]:
+    def one(seed: int) -> SeedScores:
         metrics: dict[str, dict[str, float]] = {}
+        parts: dict[tuple[str, str], Parts] = {}
         ranks: list[dict[str, Any]] = []
         figa: list[dict[str, Any]] = []
         token_rewards: list[list[float]] = []
@@ -40,6 +45,7 @@ def run_reward_models(profile: Profile) -> None:
             scores = held_out.measure(reward, LEVELS[name])
             metrics[name] = scores.metrics
             token_rewards = scores.token_rewards or token_rewards
+            parts |= {(name, metric): part for metric, part in scores.parts.items()}
             ranks += [
                 {"model": name, "metric": metric, "seed": seed, "id": key, "correct": value}
                 for metric, values in scores.correct.items()
@@ -66,18 +72,19 @@ def run_reward_models(profile: Profile) -> None:
                 ]
             with track(profile, f"reward_models/{name}", seed, {}) as run:
                 run.log(metrics[name])
-        return metrics, ranks, figa, token_rewards
+        return SeedScores(metrics, parts, ranks, figa, token_rewards)
 
     by_seed = each_seed(profile.seeds, one, held_out.workers)
     write_json(
         profile.results / "metrics" / "token_examples.json",
-        _examples(held_out.tokenizer, edits, pairs, held_out.truth, by_seed[0][3], held_out.config.examples),
+        _examples(held_out.tokenizer, edits, pairs, held_out.truth, by_seed[0].token_rewards, held_out.config.examples),
     )
-    rows = _metric_rows(profile, [metrics for metrics, *_ in by_seed])
-    write_csv(profile.results / "metrics" / "reward_models.csv", rows)
-    ranks = [row for _, ranks, _, _ in by_seed for row in ranks]
-    write_csv(profile.results / "metrics" / "reward_pairs.csv", ranks)
-    write_csv(profile.results / "metrics" / "figa_data.csv", [row for _, _, figa, _ in by_seed for row in figa])
+    folder = profile.results / "metrics"
+    write_csv(folder / "reward_models.csv", _metric_rows(profile, [scores.metrics for scores in by_seed]))
+    intervals = token_intervals([scores.parts for scores in by_seed])
+    write_csv(folder / "token_intervals.csv", intervals, ("model", "metric", "low", "high"))
+    write_csv(folder / "reward_pairs.csv", [row for scores in by_seed for row in scores.ranks])
+    write_csv(folder / "figa_data.csv", [row for scores in by_seed for row in scores.figa])
 
 
 def run_token_models(profile: Profile) -> None:
@@ -99,13 +106,25 @@ def run_token_models(profile: Profile) -> None:
     write_csv(profile.sweeps / "metrics" / "token_models.csv", rows)
 
 
+class SeedScores(NamedTuple):
+    """What one seed contributes to the files: metrics by model and name, token metrics in parts by (model, name), rows
+    of ``reward_pairs.csv`` and ``figa_data.csv``, rewards of every token of the initial responses."""
+
+    metrics: dict[str, dict[str, float]]
+    parts: dict[tuple[str, str], Parts]
+    ranks: list[dict[str, Any]]
+    figa: list[dict[str, Any]]
+    token_rewards: list[list[float]]
+
+
 class RewardScores(NamedTuple):
     """What one reward model says of held-out responses: metrics by name; of the accuracies also each pair's share
-    (``ranked``); scores of the initial and the revised sides of the edits, (N,); rewards of every token of the initial
-    sides, where it has them."""
+    (``ranked``), of the token metrics the parts of each initial response; scores of the initial and the revised sides
+    of the edits, (N,); rewards of every token of the initial sides, where it has them."""
 
     metrics: dict[str, float]
     correct: dict[str, list[float]]
+    parts: dict[str, Parts]
     initial: Any
     revised: Any
     token_rewards: list[list[float]]
@@ -157,7 +176,6 @@ class HeldOut:
         """Accuracy on preferences and on edits; at the level ``token`` also AUROC, precision and recall of negative
         rewards against the truth about the tokens of initial responses, and as ``token_auroc:<kind>`` the AUROC of
         tokens with each kind of flaw against those without any."""
-        from fgalign.evaluation.statistics import auroc, precision_recall
         from fgalign.rewards.scoring import raw_rewards
 
         prompts = [pair.prompt_ids for pair in self.pairs]
@@ -169,7 +187,7 @@ class HeldOut:
         correct = {"accuracy_preference": ranked(chosen, rejected), "accuracy_edit": ranked(revised, initial)}
         metrics = {metric: sum(values) / len(values) for metric, values in correct.items()}
         if level != "token":
-            return RewardScores(metrics, correct, initial, revised, [])
+            return RewardScores(metrics, correct, {}, initial, revised, [])
         batches = raw_rewards(
             reward, prompts, initial_ids, self.tokenizer.pad_token_id, self.config.batch_size, self.device
         )
@@ -179,33 +197,50 @@ class HeldOut:
             for row, mask in zip(rewards, rollout.response_mask.cpu(), strict=True)
         ]
         # The end token belongs to no word, so it has no truth.
-        bad = [flag for flags in self.truth for flag in flags[:-1]]
-        flat = [value for row in token_rewards for value in row[:-1]]
-        quality = precision_recall([value < 0 for value in flat], bad)
-        found = {
-            TOKEN_AUROC: auroc([-value for value in flat], bad),
-            "token_precision": quality.precision,
-            "token_recall": quality.recall,
-        }
-        by_kind = auroc_by_kind(flat, [kinds for row in self.kinds for kinds in row[:-1]])
-        found |= {f"{TOKEN_AUROC}:{name}": value for name, value in by_kind.items()}
-        metrics |= {key: value for key, value in found.items() if value is not None}
-        return RewardScores(metrics, correct, initial, revised, token_rewards)
+        parts = token_parts([row[:-1] for row in token_rewards], [row[:-1] for row in self.kinds])
+        metrics |= {name: part.value for name, part in parts.items()}
+        return RewardScores(metrics, correct, parts, initial, revised, token_rewards)
 
 
-def auroc_by_kind(rewards: Sequence[float], kinds: Sequence[set[str]]) -> dict[str, float | None]:
-    """For each kind of flaw, in alphabetical order, the AUROC with which low rewards tell the tokens that have it,
-    maybe among others, from those without any flaw; ``kinds`` are the flaws of each token. None where all tokens are
-    flawed."""
-    from fgalign.evaluation.statistics import auroc
+def token_parts(rewards: Sequence[Sequence[float]], kinds: Sequence[Sequence[set[str]]]) -> dict[str, Parts]:
+    """Token metrics of responses, each in parts: AUROC, precision and recall of low (negative) rewards against the
+    tokens that have a flaw; ``token_auroc:<kind>`` tells tokens with that kind of flaw, maybe among others, from those
+    without any. ``rewards`` and the kinds of flaw (``kinds``) of each token, by response. A metric without a
+    denominator, or a class, is left out."""
+    from fgalign.evaluation.statistics import auroc_parts, ratio_parts
 
-    found = {}
-    for name in sorted(set().union(*kinds)):
-        kept = [
-            (-reward, name in mine) for reward, mine in zip(rewards, kinds, strict=True) if name in mine or not mine
-        ]
-        found[name] = auroc([score for score, _ in kept], [flawed for _, flawed in kept])
-    return found
+    count = len(rewards)
+    own = [number for number, row in enumerate(rewards) for _ in row]
+    badness = [-value for row in rewards for value in row]
+    found = [value > 0 for value in badness]
+    flaws = [kind for row in kinds for kind in row]
+    bad = [bool(kind) for kind in flaws]
+    hits = [guess and fact for guess, fact in zip(found, bad, strict=True)]
+    parts = {
+        TOKEN_AUROC: auroc_parts(badness, bad, own, count),
+        "token_precision": ratio_parts(hits, found, own, count),
+        "token_recall": ratio_parts(hits, bad, own, count),
+    }
+    for name in sorted(set().union(*flaws)):
+        kept = [place for place, kind in enumerate(flaws) if name in kind or not kind]
+        columns = ([badness[place] for place in kept], [name in flaws[place] for place in kept])
+        parts[f"{TOKEN_AUROC}:{name}"] = auroc_parts(*columns, [own[place] for place in kept], count)
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def token_intervals(by_seed: Sequence[dict[tuple[str, str], Parts]]) -> list[dict[str, Any]]:
+    """Rows ``model, metric, low, high``: 95% intervals over seeds and responses of what every seed has; none where it
+    rests on a single response."""
+    from fgalign.evaluation.statistics import parts_interval
+
+    rows = []
+    for model, metric in by_seed[0]:
+        parts = [scores[model, metric] for scores in by_seed if (model, metric) in scores]
+        interval = parts_interval(parts) if len(parts) == len(by_seed) else None
+        if interval is not None:
+            ends = {"low": round(interval.low, 6), "high": round(interval.high, 6)}
+            rows.append({"model": model, "metric": metric, **ends})
+    return rows
 
 
 def ranked(better: Any, worse: Any) -> list[float]:
