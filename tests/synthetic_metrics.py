@@ -216,8 +216,10 @@ def write_labels(folder: Path) -> None:
         "recall": 0.731,
         "f1": 0.7953,
         "pairs": 400,
+        "intervals": {"precision": [0.85, 0.89], "recall": [0.7, 0.76]},
         "by_type": {
-            kind: {"recall": 0.6 + 0.05 * index, "tokens": 300 - 40 * index} for index, kind in enumerate(kinds)
+            kind: {"recall": 0.6 + 0.05 * index, "share_of_labels": 0.2, "tokens": 300 - 40 * index}
+            for index, kind in enumerate(kinds)
         },
     }
     (folder / "label_statistics.json").write_text(json.dumps(statistics), encoding="utf-8")
@@ -240,6 +242,12 @@ def write_reward_models(profile: Profile) -> None:
         for seed in profile.seeds
     ]
     write_csv(profile.results / "metrics" / "reward_models.csv", "model,metric,seed,value", rows)
+    of_tokens = [
+        ["rm_token", metric, value - 0.05, value + 0.05]
+        for metric, value in accuracy["rm_token"].items()
+        if metric.startswith("token_")
+    ]
+    write_csv(profile.results / "metrics" / "token_intervals.csv", "model,metric,low,high", of_tokens)
     write_reward_pairs(
         profile,
         {

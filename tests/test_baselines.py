@@ -20,7 +20,7 @@ from fgalign.errors import InputError, TrainingError
 from fgalign.labels import LabelConfig, label_edits
 from fgalign.methods import METHODS, best_of_n, coh, dpo, expert_iteration, figa, get_method, rrhf, supervised
 from fgalign.tracking import Run
-from fgalign.training import OptimConfig, ProgressCallback, decay
+from fgalign.training import OptimConfig, ProgressCallback, decay, row_length
 
 TRIPLES = [
     ("where is the cat?", "the cat sat on the mat", "the cat sat on the log"),
@@ -358,6 +358,37 @@ def test_the_schedule_is_laid_out_over_the_budget(context, tokenizer, monkeypatc
     assert rates[1] == pytest.approx(0.005 * (1 + math.cos(math.pi * lengths[0] / 50)))
     train(schedule="constant")
     assert rates == [0.01] * len(rates)
+
+
+def test_row_length_by_hand():
+    assert row_length({"input_ids": [1, 2, 3], "id": "a long name"}) == 3
+    assert row_length({"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5, 6]}) == 5
+    assert row_length({"prompt_ids": [1], "responses": [[2], [3, 4]], "scores": [0.5, 0.25]}) == 3
+    assert row_length({"prompt": "ab", "chosen": "cde", "rejected": "f"}) == 5
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_every_trainer_can_group_by_length(kind, context, tokenizer, monkeypatch):
+    """Grouped are prompt and response, or of two responses the longer."""
+    seen = []
+
+    class Recorder(ProgressCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(kwargs["train_dataloader"].batch_sampler.sampler.lengths)
+            super().on_train_begin(args, state, control, **kwargs)
+
+    monkeypatch.setattr(training, "ProgressCallback", Recorder)
+    optim = {**OPTIM, "max_steps": 1, "sampling": "group_by_length"}
+    get_method(kind).run(context, config(kind, **RUNS[kind], optim=optim))
+    if kind in ("dpo", "rrhf"):
+        assert seen == [
+            [
+                len(encode_prompt(tokenizer, record.prompt))
+                + max(len(encode_response(tokenizer, text)) for text in (record.chosen, record.rejected))
+                for record in RECORDS
+            ]
+        ]
+    assert len(seen) == 1 and len(set(seen[0])) > 1
 
 
 def test_decay_by_hand():

@@ -116,8 +116,10 @@ def test_pairs_are_matched_by_prompt_not_by_order(profile):
     header, *rows = path.read_text().splitlines()
     path.write_text("\n".join([header, *reversed(rows)]) + "\n")
     difference = cells_of(profile, "xu_win_rate")["ppo_token", "difference_to_ppo_preference"]
-    # The same win for the same prompt and seed everywhere: exactly no difference and no spread.
-    assert (difference.mean, difference.low, difference.high) == (0.0, 0.0, 0.0)
+    # The same win for the same prompt and seed everywhere: exactly no difference and no spread. Three prompts leave room
+    # for 1 - 0.025^(1/3) = 70.76 points.
+    assert (difference.mean, difference.high) == (0.0, pytest.approx(70.7598, abs=1e-4))
+    assert difference.low == -difference.high
 
 
 def test_figa_main_columns(profile):
@@ -144,16 +146,17 @@ def test_reward_models_by_hand(profile):
     made_up.write_csv(path, "model,metric,seed,value", rows)
     pairs = {(model, "accuracy_edit"): [[1] * 12 + [0] * 4] * 3 for model in models}
     made_up.write_reward_pairs(profile, pairs)
+    intervals = [["rm_token", "token_recall", 0.7, 0.875], ["rm_token", "token_auroc:Wrong-Grounding", 0.625, 0.75]]
+    made_up.write_csv(profile.results / "metrics" / "token_intervals.csv", "model,metric,low,high", intervals)
     cells = cells_of(profile, "xu_reward_models")
     recall = cells["rm_token", "token_recall"]
-    # Mean 80%, standard deviation 10 points, t(0.975, 2) = 4.3027: half width 4.3027 * 10 / sqrt(3) = 24.84, and
-    # 80 + 24.84 is cut to 100.
-    assert (recall.mean, recall.high) == (80.0, 100.0)
-    assert recall.low == pytest.approx(80 - 4.302653 * 10 / 3**0.5, abs=1e-4)
-    assert cells["rm_token", "token_auroc"].mean == 0.9
-    # By kind of flaw below the others, in a block of its own: standard deviation 0.1.
+    # The mean over seeds, and the stage's interval over seeds and responses.
+    assert (recall.mean, recall.low, recall.high) == (80.0, 70.0, 87.5)
+    auroc = cells["rm_token", "token_auroc"]
+    assert (auroc.mean, auroc.low, auroc.high) == (0.9, None, None)
+    # By kind of flaw below the others, in a block of its own.
     kind = cells["rm_token", "token_auroc:Wrong-Grounding"]
-    assert (kind.mean, kind.low) == (0.7, pytest.approx(0.7 - 4.302653 * 0.1 / 3**0.5, abs=1e-4))
+    assert (kind.mean, kind.low, kind.high) == (0.7, 0.625, 0.75)
     first, second = blocks(profile, "xu_reward_models", list(cells.values()))
     assert (second.title, second.header) == ("AUROC by kind of flaw", ("Wrong grounding",))
     assert [method for method, _ in second.rows] == ["rm_token"] and len(first.rows) == 3
@@ -370,7 +373,8 @@ def test_labels_table(profile):
     folder = profile.results / "metrics"
     folder.mkdir(parents=True)
     (folder / "label_statistics.json").write_text(json.dumps({"train": {"pairs": 4, "share_bad": 0.125}}))
-    quality = {"precision": 0.5, "recall": None, "pairs": 2, "by_type": {"rude": {"recall": 0.25, "tokens": 8}}}
+    rude = {"recall": 0.25, "share_of_labels": 0.5, "intervals": {"recall": [0.125, 0.375]}, "tokens": 8}
+    quality = {"precision": 0.5, "recall": None, "pairs": 2, "by_type": {"rude": rude}}
     (folder / "label_quality.json").write_text(json.dumps(quality))
     cells = cells_of(profile, "labels")
     assert {key: cell.mean for key, cell in cells.items()} == {
@@ -379,16 +383,19 @@ def test_labels_table(profile):
         ("flaws:all", "precision"): 50.0,
         ("flaws:all", "pairs"): 2.0,
         ("flaws:rude", "recall"): 25.0,
+        ("flaws:rude", "share_of_labels"): 50.0,
         ("flaws:rude", "flawed_tokens"): 8.0,
     }
+    bounds = {key: (cell.low, cell.high) for key, cell in cells.items() if cell.low is not None}
+    assert bounds == {("flaws:rude", "recall"): (12.5, 37.5)}
 
 
 def test_one_seed_has_no_interval_over_seeds(tmp_path):
     profile = made_up.write_profile(tmp_path)
     profile.params["seeds"] = [7]
-    made_up.write_reward_models(profile)
-    cell = cells_of(profile, "xu_reward_models")["rm_token", "token_recall"]
-    assert (cell.low, cell.high, cell.seeds) == (None, None, (7,))
+    made_up.write_credit(profile)
+    cells = cells_of(profile, "credit").values()
+    assert {(cell.low, cell.high, cell.seeds) for cell in cells} == {(None, None, (7,))}
 
 
 # --- the CSV and LaTeX forms ------------------------------------------------------------------------------------------
@@ -751,7 +758,7 @@ def pipeline(profile):
     stages["label_quality"] = {**one, "outs": [metrics + "label_quality.json"]}
     stages["reward_models"] = {
         **one,
-        "outs": [metrics + name for name in ("reward_models.csv", "reward_pairs.csv", "figa_data.csv")],
+        "outs": [metrics + name for name in ("reward_models.csv", "reward_pairs.csv", "token_intervals.csv", "figa_data.csv")],
     }
     judges = [metrics + f"judges/rouge_l{kind}.csv" for kind in ("", "_preferences")]
     stages["rejudge"] = {"foreach": ["rouge_l"], "do": {**one, "outs": judges}}

@@ -9,14 +9,16 @@ import pytest
 from scipy import stats
 
 from fgalign.evaluation.statistics import (
-    PrecisionRecall,
+    Parts,
     SeedVariance,
     auroc,
+    auroc_parts,
     crossed_interval,
     holm,
     paired_interval,
+    parts_interval,
     pooled_seed_variance,
-    precision_recall,
+    ratio_parts,
     seed_interval,
 )
 
@@ -99,6 +101,20 @@ def test_identical_seeds_are_no_more_than_one_seed():
     # Nothing varies over seeds: four copies tell as much as one, and the interval is that of the prompts alone.
     row = [1.0, 2.0, 3.0, 4.0, 5.0]
     assert crossed_interval([row] * 4) == pytest.approx(crossed_interval([row]), rel=1e-9)
+
+
+def test_equal_values_within_bounds_have_the_exact_binomial_interval():
+    # 0 of 50: Clopper and Pearson's upper limit is 1 - 0.025^(1/50) = 0.071122, from a printed table 7.1 %.
+    assert crossed_interval([[0] * 50], bounds=(0, 1)) == (0, 0, pytest.approx(0.071122, abs=1e-6))
+    assert crossed_interval([[1] * 50, [1] * 50], bounds=(0, 1)) == (1, pytest.approx(0.928878, abs=1e-6), 1)
+    # All ties of 4: 1 - 0.025^(1/4) = 0.602365 of the way to either bound.
+    ties = pytest.approx(0.5 - 0.301182, abs=1e-6), pytest.approx(0.5 + 0.301182, abs=1e-6)
+    assert crossed_interval([[0.5] * 4], bounds=(0, 1)) == (0.5, *ties)
+    # Differences of what lies between 0 and 100 reach from -100 to 100.
+    same = paired_interval([[0, 100] * 25], [[0, 100] * 25], bounds=(0, 100))
+    assert same == (0, pytest.approx(-7.1122, abs=1e-4), pytest.approx(7.1122, abs=1e-4), 1)
+    # Seeds alone are not prompts.
+    assert seed_interval([0, 0, 0], bounds=(0, 1)) == (0, 0, 0)
 
 
 def test_constant_values_have_no_width():
@@ -284,26 +300,72 @@ def test_auroc_refuses_bad_input(scores, labels, message):
         auroc(scores, labels)
 
 
-@pytest.mark.parametrize(
-    ("predicted", "truth", "expected"),
-    [
-        # 2 hits of 3 predicted and 4 true: 2/3, 2/4, F1 = 4/7.
-        ([1, 1, 1, 0, 0], [1, 1, 0, 1, 1], (2 / 3, 1 / 2, 4 / 7)),
-        ([True, False], [True, False], (1, 1, 1)),
-        ([0, 0], [1, 0], (None, 0, 0)),
-        ([1, 0], [0, 0], (0, None, 0)),
-        ([0, 0], [0, 0], (None, None, None)),
-    ],
-)
-def test_precision_recall(predicted, truth, expected):
-    assert precision_recall(predicted, truth) == PrecisionRecall(*expected)
+def test_parts_of_an_auroc_by_hand():
+    # The positives 3 and 1 beat 1 and 1/4 of the negatives; the negatives 2 and 1 leave 1/2 and 3/4 of the positives
+    # above them. Less 0.625 and halved: 3/16, -3/16, -1/16, 1/16. Response 0 has the 3 and the 2, influence 2/16, which
+    # counts twice, as there are two responses; response 1 the rest.
+    parts = auroc_parts([3, 1, 2, 1], [1, 1, 0, 0], [0, 1, 0, 1], 2)
+    assert parts.value == pytest.approx(0.625, abs=1e-12)
+    assert parts.values.tolist() == pytest.approx([0.875, 0.375], abs=1e-12)
+    assert parts.responses == 2
+    # All positives in one of three responses, one of them without tokens.
+    parts = auroc_parts([3, 1, 2, 1], [1, 1, 0, 0], [0, 0, 0, 2], 3)
+    assert parts.values.tolist() == pytest.approx([0.625 - 3 / 16, 0.625, 0.625 + 3 / 16], abs=1e-12)
+    assert parts.responses == 1
+    assert auroc_parts([1, 2], [1, 1], [0, 0], 1) is None
 
 
-def test_precision_recall_refuses_bad_input():
-    with pytest.raises(ValueError, match=r"expected one shape, found predicted \(2,\) and truth \(1,\)"):
-        precision_recall([1, 0], [1])
-    with pytest.raises(ValueError, match="predicted: expected booleans or 0 and 1, found -1"):
-        precision_recall([1, -1], [1, 0])
+def test_parts_of_a_ratio_by_hand():
+    # 2 of 3: influences (1 - 2/3) / 3 = 1/9, -2/9 and 1/9; response 0 has the first two, response 2 has no token.
+    parts = ratio_parts([True, False, True], [1, 1, 1], [0, 0, 1], 3)
+    assert parts.value == pytest.approx(2 / 3)
+    assert parts.values.tolist() == pytest.approx([1 / 3, 1, 2 / 3])
+    assert parts.responses == 2
+    # F1 of two hits among 3 said and 4 true is 4/7; the response without either does not count.
+    said, true = np.array([1, 1, 1, 0, 0, 0]), np.array([1, 1, 0, 1, 1, 0])
+    parts = ratio_parts(2 * (said & true), said + true, [0, 0, 0, 1, 1, 2], 3)
+    assert (parts.value, parts.responses) == (pytest.approx(4 / 7), 2)
+    # Response 0 has 4 of 5, (4 - 20/7) / 7 = 8/49; response 1 has 0 of 2, -8/49.
+    assert parts.values.tolist() == pytest.approx([4 / 7 + 24 / 49, 4 / 7 - 24 / 49, 4 / 7])
+    assert ratio_parts([0, 0], [0, 0], [0, 1], 2) is None
+
+
+def test_parts_refuse_bad_input():
+    with pytest.raises(ValueError, match=r"expected one shape, found part \(2,\) and whole \(1,\)"):
+        ratio_parts([1, 0], [1], [0, 0], 1)
+    with pytest.raises(ValueError, match=r"responses: expected one number a token, shape \(2,\), found \(1,\)"):
+        ratio_parts([1, 0], [1, 1], [0], 1)
+    with pytest.raises(ValueError, match="responses: expected numbers from 0 to 1, found 0 to 2"):
+        auroc_parts([1, 2], [0, 1], [0, 2], 2)
+
+
+def test_interval_of_parts_by_hand():
+    # Standard deviation 0.01, error 0.01 / sqrt(3); 3 responses give t(2), 2 of them t(1) = 12.706205, 1 nothing.
+    values = np.array([0.49, 0.5, 0.51])
+    for responses, quantile in ((3, T2), (2, 12.706205)):
+        interval = parts_interval([Parts(0.5, values, responses)])
+        assert interval.high - 0.5 == pytest.approx(quantile * 0.01 / math.sqrt(3), rel=1e-6)
+    assert parts_interval([Parts(0.5, values, 1)]) is None
+    # Cut to a share's limits; of several seeds the fewest responses count.
+    assert parts_interval([Parts(0.5, 100 * (values - 0.5) + 0.5, 3)]) == (0.5, 0, 1)
+    two = [Parts(0.5, values, 3), Parts(0.5, values, 2)]
+    assert parts_interval(two).high - 0.5 == pytest.approx(12.706205 * 0.01 / math.sqrt(3), rel=1e-6)
+
+
+@pytest.mark.parametrize("positives", [3, 12])
+def test_an_interval_of_parts_holds_the_truth(positives):
+    """Tokens of 30 responses whose level differs, positives in a few of them; scores are normal, so that the true
+    AUROC is Phi(0.3 / sqrt(2 (1 + 0.25)))."""
+    random, held = np.random.default_rng(1), 0
+    truth = stats.norm.cdf(0.3 / math.sqrt(2 * 1.25))
+    own = np.repeat(np.arange(30), 20)
+    labels = (own < positives) & (np.tile(np.arange(20), 30) < 10)
+    for _ in range(400):
+        levels = random.normal(0, 0.5, (2, 30))
+        scores = random.normal(size=own.size) + np.where(labels, 0.3 + levels[0, own], levels[1, own])
+        interval = parts_interval([auroc_parts(scores, labels, own, 30)])
+        held += interval.low <= truth <= interval.high
+    assert 0.89 <= held / 400 <= 0.99
 
 
 def test_holm_steps_down():

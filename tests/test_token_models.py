@@ -310,6 +310,16 @@ def test_stages(profile):
     kept = [(row["seed"], row["model"], row["metric"]) for row in found]
     assert [key for key in expected if key in kept or key[2] != "token_precision"] == kept
     assert all(0 <= float(row["value"]) <= 1 for row in found)
+    # Intervals of what rm_token is measured by on single tokens.
+    with open(metrics / "token_intervals.csv") as file:
+        intervals = {(row["model"], row["metric"]): row for row in csv.DictReader(file)}
+    assert {model for model, _ in intervals} == {"rm_token"}
+    assert {"token_auroc", "token_recall"} <= {metric for _, metric in intervals} <= set(names[2:])
+    for row in usual:
+        key = (row["model"], row["metric"])
+        means = [float(other["value"]) for other in usual if (other["model"], other["metric"]) == key]
+        if key in intervals:
+            assert float(intervals[key]["low"]) <= sum(means) / len(means) <= float(intervals[key]["high"])
     # Pair by pair, an accuracy is the mean of its pairs.
     with open(metrics / "reward_pairs.csv") as file:
         pairs = list(csv.DictReader(file))
@@ -321,15 +331,30 @@ def test_stages(profile):
             assert float(row["value"]) == pytest.approx(sum(mine) / len(mine), abs=1e-6)
 
 
-def test_auroc_by_kind_by_hand():
-    from fgalign.stages.reward_models import auroc_by_kind
+def test_token_metrics_by_hand():
+    from fgalign.stages.reward_models import token_intervals, token_parts
 
-    rewards = [-1.0, -0.5, 0.2, 0.1, -0.6]
-    kinds = [{"rude"}, set(), {"padding"}, set(), {"padding", "rude"}]
-    # Sound: -0.5 and 0.1. Rude: -1 and -0.6, both below both. Padding: 0.2 above both, -0.6 below both.
-    assert auroc_by_kind(rewards, kinds) == {"padding": 0.5, "rude": 1.0}
-    assert auroc_by_kind([0.1, 0.2], [{"rude"}, {"rude"}]) == {"rude": None}
-    assert auroc_by_kind([0.1], [set()]) == {}
+    rewards = [[-1.0, -0.5, 0.2], [0.1, -0.6]]
+    kinds = [[{"rude"}, set(), {"padding"}], [set(), {"padding", "rude"}]]
+    parts = token_parts(rewards, kinds)
+    # Sound: -0.5 and 0.1. Rude: -1 and -0.6, both below both. Padding: 0.2 above both, -0.6 below both. Negative are
+    # three tokens, two of them flawed, of three that are.
+    assert {name: part.value for name, part in parts.items()} == pytest.approx(
+        {
+            "token_auroc": 4 / 6,
+            "token_precision": 2 / 3,
+            "token_recall": 2 / 3,
+            "token_auroc:padding": 0.5,
+            "token_auroc:rude": 1.0,
+        }
+    )
+    assert set(token_parts([[0.1, 0.2]], [[{"rude"}, {"rude"}]])) == {"token_recall"}
+    assert token_parts([[0.1]], [[set()]]) == {}
+    # Recall: influences of response 0, 1/9 - 2/9, and of response 1, 1/9; twice that about 2/3. t(1) = 12.7 covers all.
+    assert parts["token_recall"].values.tolist() == pytest.approx([2 / 3 - 2 / 9, 2 / 3 + 2 / 9])
+    by_seed = [{("rm", "token_recall"): parts["token_recall"]}] * 2
+    assert token_intervals(by_seed) == [{"model": "rm", "metric": "token_recall", "low": 0.0, "high": 1.0}]
+    assert token_intervals([*by_seed, {}]) == []
 
 
 @pytest.mark.parametrize(
