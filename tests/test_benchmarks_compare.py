@@ -189,15 +189,15 @@ def test_matrix_products_of_an_update_by_hand(compare):
     assert found == {
         # Sampling: two prompts of 3 tokens, then one step of two rows; two tokens a response.
         (6, 2, 2): 4, (6, 2, 3): 2, (6, 3, 2): 1, (2, 2, 3): 2, (2, 3, 2): 1, (2, 2, 2): 4,
-        # Scoring: two rows of 5 tokens through three models, logits of the responses from two.
-        (10, 2, 2): 12, (10, 2, 3): 6, (10, 3, 2): 3, (4, 2, 5): 2,
+        # Scoring: two rows of 5 tokens through two models, logits of the responses from one.
+        (10, 2, 2): 8, (10, 2, 3): 4, (10, 3, 2): 2, (4, 2, 5): 1,
         # Two steps of one row: forward, to the layer below (sizes turned round), to the weight.
         (5, 2, 2): 8 + 8, (5, 2, 3): 4 + 2, (5, 3, 2): 2 + 4, (2, 5, 3): 4, (3, 5, 2): 2, (2, 5, 2): 8 + 2,
         (2, 2, 5): 2 + 2 + 2,
     }  # fmt: skip
-    # 34 weights in the layer: 48 tokens forward, 10 backward, which is twice a forward. 10 in the output: 16 and 4.
-    assert operations(found) == 2 * 34 * (48 + 20) + 2 * 10 * (16 + 8)
-    # A value model of its own: the layer at the old policy's 10 tokens and, three times, at the 10 of the update.
+    # 34 weights in the layer: 38 tokens forward, 10 backward, which is twice a forward. 10 in the output: 12 and 4.
+    assert operations(found) == 2 * 34 * (38 + 20) + 2 * 10 * (12 + 8)
+    # A value model of its own: the layer at the 10 tokens whose old values it says and, three times, at the 10 of the update.
     other = operations(products(PPOWorkload(**small, **model), separate=True))
     assert other - operations(found) == 2 * 34 * (10 + 30)
 

@@ -549,7 +549,64 @@ def test_bf16(make_trainer):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"reward": count, "epochs": 1, "temperature": 0.7, "microbatch_size": 2}])
+REUSED = {
+    "value head": {},
+    "temperature, batches": {"reward": count, "temperature": 0.7, "inference_batch_size": 3},
+    "value model": {"value_model": "separate"},
+    "group": {"advantage": "group", "group_size": 2},
+    "adapter": {"peft_config": lora(), "ref_model": None},
+}
+
+
+@pytest.mark.parametrize("case", REUSED)
+def test_reused_sampling_is_a_pass_up_to_rounding(make_trainer, make_model, case):
+    def make(**more):
+        options = {"response_length": 20, **REUSED[case], **more}
+        if options.get("value_model") == "separate":
+            options["critic"] = make_model(3, kind="token", num_labels=1)
+        return make_trainer(**options)
+
+    trainer = make(reuse_sampling=True)
+    trainer.step(1)  # or the values would all be 0
+    recorder = trainer._recorder
+    rollout = trainer.sample([PROMPTS[row % 12] for row in range(8)], recorder=recorder)
+    assert len(set(rollout.response_mask.sum(1).tolist())) > 1
+    experience, statistics = trainer.make_experience(rollout, recorder.take())
+    expected, other = trainer.make_experience(rollout)
+    for name in ("old_logps", "old_values", "advantages", "returns"):
+        found, wanted = (getattr(one, name)[rollout.response_mask] for one in (experience, expected))
+        close(found, wanted)
+        assert wanted.abs().max() > 1e-2, name
+    assert statistics == pytest.approx(other, rel=1e-4, abs=1e-5)
+    with_, without = trained(make(reuse_sampling=True)), trained(make())
+    assert all(torch.allclose(with_[name], without[name], atol=2e-3) for name in without)
+
+
+def test_reused_sampling_saves_the_pass(make_trainer, monkeypatch):
+    def never(*_):
+        raise AssertionError("a pass over the responses")
+
+    trainer = make_trainer(reuse_sampling=True)
+    monkeypatch.setattr(trainer, "_old", never)
+    trainer.train()
+    with pytest.raises(AssertionError, match="a pass over the responses"):
+        trainer.make_experience(fixed_rollout())
+
+
+def test_reused_sampling_needs_the_policy_itself(make_trainer, monkeypatch):
+    monkeypatch.setattr("fgalign.ppo_trainer.choose_engine", lambda name: "vllm")
+    with pytest.raises(ConfigError, match="reuse_sampling: expected one process and rollout_engine 'transformers'"):
+        make_trainer(reuse_sampling=True)
+
+
+COMPILED = [
+    {},
+    {"reward": count, "epochs": 1, "temperature": 0.7, "microbatch_size": 2},
+    {"reuse_sampling": True, "temperature": 0.7},
+]
+
+
+@pytest.mark.parametrize("options", COMPILED)
 def test_compiled_is_the_same_up_to_rounding(make_trainer, make_model, monkeypatch, options):
     # Traced and differentiated ahead of time, as ever, but run op by op: writing kernels takes half a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

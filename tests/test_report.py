@@ -116,8 +116,8 @@ def test_pairs_are_matched_by_prompt_not_by_order(profile):
     header, *rows = path.read_text().splitlines()
     path.write_text("\n".join([header, *reversed(rows)]) + "\n")
     difference = cells_of(profile, "xu_win_rate")["ppo_token", "difference_to_ppo_preference"]
-    # The same win for the same prompt and seed everywhere: exactly no difference and no spread. Three prompts leave room
-    # for 1 - 0.025^(1/3) = 70.76 points.
+    # The same win for the same prompt and seed everywhere: exactly no difference and no spread. Three prompts leave
+    # room for 1 - 0.025^(1/3) = 70.76 points.
     assert (difference.mean, difference.high) == (0.0, pytest.approx(70.7598, abs=1e-4))
     assert difference.low == -difference.high
 
@@ -758,7 +758,9 @@ def pipeline(profile):
     stages["label_quality"] = {**one, "outs": [metrics + "label_quality.json"]}
     stages["reward_models"] = {
         **one,
-        "outs": [metrics + name for name in ("reward_models.csv", "reward_pairs.csv", "token_intervals.csv", "figa_data.csv")],
+        "outs": [
+            metrics + name for name in ("reward_models.csv", "reward_pairs.csv", "token_intervals.csv", "figa_data.csv")
+        ],
     }
     judges = [metrics + f"judges/rouge_l{kind}.csv" for kind in ("", "_preferences")]
     stages["rejudge"] = {"foreach": ["rouge_l"], "do": {**one, "outs": judges}}

@@ -146,7 +146,10 @@ def memory(comparison: str, other_side: str, ours: Sequence, other: Sequence) ->
 def ppo(session: Session) -> list[Row]:
     """One PPO update, against TRL where its environment is there; and what token-level rewards cost."""
     warmup = session.warmup if session.quick else WARMUP_COMPILED
-    answers = session.run(session.work("ppo", session.ppo), PPO_SIDES, warmup)
+    sides = dict(PPO_SIDES)
+    if session.trl_python is None:  # the products stand in rows beside TRL's
+        sides = {name: side for name, side in sides.items() if not name.endswith("products")}
+    answers = session.run(session.work("ppo", session.ppo), sides, warmup)
     rows = against_trl(answers, "PPO", Target(">=", 3.0))
     for learner, title in LEARNERS.items() if rows else ():
         name = f"PPO's matrix products alone, {title}"

@@ -50,6 +50,7 @@ def side(options: dict[str, Any], gate: Gate) -> None:
             value_model=options["value_model"],
             reward_scale="none",
             missing_eos_penalty=0.0,
+            reuse_sampling=True,  # as TRL does: the old policy's log-probabilities are those of sampling
             bf16=workload.bf16,
             use_cpu=options["device"] == "cpu",
             **options.get("config", {}),

@@ -44,9 +44,9 @@ def products(workload: PPOWorkload, separate: bool) -> Counter[Product]:
     forward(trunk, batch * workload.prompt_length)
     forward(trunk, batch, workload.response_length - 1)
     forward(output, batch, workload.response_length)
-    # Scoring: reference, old policy, reward model; old values where another model has them.
-    forward(trunk, batch * length, 3 + separate)
-    forward(output, batch * workload.response_length, 2)
+    # Scoring: reference, reward model, and old values where another model has them (the old policy is sampling's).
+    forward(trunk, batch * length, 2 + separate)
+    forward(output, batch * workload.response_length)
     steps = workload.epochs * batch // mini
     for work in (forward, backward):
         work(trunk, mini * length, steps * (1 + separate))

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgalign.core.rollout import Rollout, response_logps, uniforms
+from fgalign.core.rollout import Recorder, Rollout, response_logps, uniforms
 from fgalign.core.tensor_ops import entropy, gae, masked_mean, masked_sum, position_ids, tempered, token_logps, whiten
 from fgalign.distributed import (
     by_rows,
@@ -173,6 +173,9 @@ class FineGrainedPPOConfig:
     compile: bool = False
     """Run sampling, scoring and update through torch.compile. The first updates take about a minute more, later ones
     less time. For one process; on the CPU it needs a C++ compiler."""
+    reuse_sampling: bool = False
+    """Take log-probabilities, entropies and (from a value head) values of the old policy from the passes that sampled
+    the responses, up to rounding; that saves a pass over them. For one process and the engine transformers."""
     fused: bool = True
     """Take AdamW's step in one kernel. It is faster, and rounds otherwise than without."""
 
@@ -252,14 +255,19 @@ class PolicyWithValue(nn.Module):
         if not self.has_values:
             logits = self.policy(**inputs, logits_to_keep=keep).logits
             return logits, torch.zeros(logits.shape[:2], device=logits.device)
-        if self.value_model is None:
-            output = self.policy(**inputs, logits_to_keep=keep, output_hidden_states=True)
-            hidden = output.hidden_states[-1][:, -keep:]
-            values = self.value_head(hidden.to(self.value_head.weight.dtype))
-        else:
-            output = self.policy(**inputs, logits_to_keep=keep)
-            values = self.value_model(**inputs).logits[:, -keep:]
+        if self.value_model is not None:
+            logits = self.policy(**inputs, logits_to_keep=keep).logits
+            return logits, self.separate_values(input_ids, attention_mask, keep)
+        output = self.policy(**inputs, logits_to_keep=keep, output_hidden_states=True)
+        hidden = output.hidden_states[-1][:, -keep:]
+        values = self.value_head(hidden.to(self.value_head.weight.dtype))
         return output.logits, values.squeeze(-1).float()
+
+    def separate_values(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+        """Values (B, keep) of the value model at the last ``keep`` positions."""
+        positions = position_ids(attention_mask)
+        output = self.value_model(input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        return output.logits[:, -keep:].squeeze(-1).float()
 
 
 @dataclass
@@ -313,6 +321,12 @@ def old_policy(model: PolicyWithValue, rollout: Rollout, temperature: float) -> 
     logits, values = response_outputs(model, rollout)
     scaled = tempered(logits, temperature)
     return token_logps(scaled, rollout.response_ids), values, entropy(scaled)
+
+
+def old_values(model: PolicyWithValue, rollout: Rollout) -> Tensor:
+    """Values (B, T) of a separate value model."""
+    keep = rollout.response_ids.shape[1] + 1
+    return model.separate_values(rollout.input_ids, rollout.attention_mask.long(), keep)[:, :-1]
 
 
 class ShardedPolicy:
@@ -406,6 +420,8 @@ class FineGrainedPPOTrainer:
             raise ConfigError(f"rollout_batch_size and minibatch_size: expected multiples of {processes} processes")
         if args.compile and processes > 1:
             raise ConfigError(f"compile: expected false on {processes} processes, found true")
+        if args.reuse_sampling and (processes > 1 or choose_engine(args.rollout_engine) != "transformers"):
+            raise ConfigError("reuse_sampling: expected one process and rollout_engine 'transformers'")
         # Without dropout the ratio of the new to the old policy is 1 before the first step.
         both = PolicyWithValue(model, value_model, has_values=args.advantage == "gae").eval()
         fused = {"fused": True} if args.fused else {}
@@ -415,7 +431,8 @@ class FineGrainedPPOTrainer:
         )
         compiled = torch.compile if args.compile else _as_it_is
         self._losses = compiled(partial(experience_losses, args))
-        self._old, self._logps = compiled(old_policy), compiled(response_logps)
+        self._old, self._old_values, self._logps = compiled(old_policy), compiled(old_values), compiled(response_logps)
+        self._recorder = Recorder(getattr(both, "value_head", None), compiled) if args.reuse_sampling else None
         if args.compile and hasattr(reward, "model"):
             reward.model.compile()
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -461,9 +478,9 @@ class FineGrainedPPOTrainer:
         """One round: sample, score, update; returns the statistics that GLOSSARY explains."""
         self._set_learning_rate(update)
         started = time.perf_counter()
-        rollout = self.sample(self._next_prompts())
+        rollout = self.sample(self._next_prompts(), recorder=self._recorder)
         sampled = time.perf_counter()
-        experience, statistics = self.make_experience(rollout)
+        experience, statistics = self.make_experience(rollout, self._recorder and self._recorder.take())
         self.response_tokens += int(rollout.response_mask.sum())
         self.kl_controller.update(statistics["kl/response"], self.args.rollout_batch_size)
         scored = time.perf_counter()
@@ -478,9 +495,11 @@ class FineGrainedPPOTrainer:
         }
         return statistics
 
-    def sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor | None = None) -> Rollout:
+    def sample(
+        self, prompts: Sequence[Sequence[int]], uniform: Tensor | None = None, recorder: Recorder | None = None
+    ) -> Rollout:
         """One response of the current policy to each prompt; ``uniform`` (B, T) fixes the random numbers. Every process
-        gives all prompts and gets all responses."""
+        gives all prompts and gets all responses. ``recorder`` is told of each token (engine transformers only)."""
         if uniform is None:
             uniform = uniforms(len(prompts), self.args.response_length, self._generator)
         if self._weights_changed:
@@ -488,15 +507,29 @@ class FineGrainedPPOTrainer:
             self._weights_changed = False
         rows = own_rows(len(prompts), self.accelerator)
         with self.accelerator.autocast():
-            rollout = self.engine.sample([prompts[row] for row in rows], uniform[rows], self.args.temperature)
+            rollout = self.engine.sample(
+                [prompts[row] for row in rows],
+                uniform[rows],
+                self.args.temperature,
+                **({} if recorder is None else {"recorder": recorder}),
+            )
         return gather_rollout(rollout, len(prompts), self.tokenizer.pad_token_id, self.accelerator)
 
     @torch.no_grad()
-    def make_experience(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
-        """Score a round's responses and compute advantages; also its statistics. Nothing of the trainer changes."""
+    def make_experience(
+        self, rollout: Rollout, recorded: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> tuple[Experience, dict[str, float]]:
+        """Score a round's responses and compute advantages; also its statistics. Nothing of the trainer changes.
+        ``recorded``: what a ``Recorder`` took of these responses (None: a pass over them finds out)."""
         args, mask = self.args, rollout.response_mask
         raw = self.score(rollout)
-        logps, values, entropies = self.by_rows(rollout, lambda part: self._old(self.model, part, args.temperature))
+        if recorded is None:
+            logps, values, entropies = self.by_rows(rollout, lambda part: self._old(self.model, part, args.temperature))
+        else:
+            logps, values, entropies = recorded
+            if args.value_model == "separate":
+                with self.accelerator.autocast():
+                    values = self.by_rows(rollout, lambda part: self._old_values(self.model, part))
         ref_logps = self.ref_logps(rollout)
         kl = kl_per_token(logps, ref_logps, args.kl_estimator)
         scaled = self.reward_factor * (rewards_at_last_token(raw, mask) if raw.dim() == 1 else raw)

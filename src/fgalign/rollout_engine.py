@@ -1,8 +1,8 @@
 """What samples PPO's responses: transformers with the policy itself, or vLLM with a copy of it on the same GPU.
 
 An engine has two methods. ``sample`` draws a response to each prompt; ``sync`` is called when the policy has changed,
-before the next ``sample``. The log-probabilities that PPO trains on are always the trainer's own: an engine gives
-tokens, nothing else.
+before the next ``sample``. An engine gives tokens; the log-probabilities that PPO trains on are the trainer's own, or,
+where the trainer asks for it, what its own policy said while transformers sampled from it (``rollout.Recorder``).
 
 vLLM has not been run here: ``VLLMEngine`` is tested against a stand-in for vLLM's ``LLM`` class.
 """
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fgalign.core.rollout import CompiledDecoder, Rollout, as_rollout, concatenate, sample_responses
+from fgalign.core.rollout import CompiledDecoder, Recorder, Rollout, as_rollout, concatenate, sample_responses
 from fgalign.core.tensor_ops import pad
 from fgalign.errors import ConfigError, TrainingError
 
@@ -70,7 +70,13 @@ class TransformersEngine:
     def sync(self) -> None:
         """Nothing to do: the policy is its own."""
 
-    def sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float) -> Rollout:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniform: Tensor,
+        temperature: float,
+        recorder: Recorder | None = None,
+    ) -> Rollout:
         """One response to each prompt, a row's random numbers being its own (``rollout.sample_responses``)."""
         size = self.batch_size or len(prompts)
         parts = []
@@ -86,6 +92,7 @@ class TransformersEngine:
                     pad_token_id=self.pad_token_id,
                     temperature=temperature,
                     decoder=self.decoder,
+                    recorder=recorder,
                 )
                 parts.append(part)
         return concatenate(parts, self.pad_token_id)

@@ -7,12 +7,14 @@ how many rows are sampled at once (up to rounding).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fgalign.core.tensor_ops import pad, position_ids, tempered, token_logps
+from fgalign.core.tensor_ops import entropy, pad, position_ids, tempered, token_logps
 
 
 class Rollout(NamedTuple):
@@ -123,12 +125,17 @@ class Decoder:
         """Forget what came before; prompts and responses will be ``rows`` of at most ``width`` tokens together."""
         self.cache = None
 
-    def step(self, ids: Tensor, mask: Tensor, positions: Tensor, seen: int) -> Tensor:
-        """Logits (B, V) after the new ``ids`` (B, S) at their ``positions``; ``mask`` (B, width) is True at the real
-        ones of the first ``seen`` tokens, these included."""
-        return self._logits(self.model, ids, mask[:, :seen], positions)
+    def step(self, ids: Tensor, mask: Tensor, positions: Tensor, seen: int, hidden: bool) -> tuple[Tensor, Any]:
+        """Logits (B, V) after the new ``ids`` (B, S) at their ``positions``, and with ``hidden`` the last hidden state
+        (B, H) that they come from, else None; ``mask`` (B, width) is True at the real ones of the first ``seen``
+        tokens, these included."""
+        return self._run(self.model, ids, mask[:, :seen], positions, hidden)
 
-    def _logits(self, model: Any, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def draw(self, logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+        """See ``sample_tokens``."""
+        return sample_tokens(logits, uniform, temperature)
+
+    def _run(self, model: Any, ids: Tensor, mask: Tensor, positions: Tensor, hidden: bool) -> tuple[Tensor, Any]:
         output = model(
             input_ids=ids,
             attention_mask=mask,
@@ -136,9 +143,10 @@ class Decoder:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **({"output_hidden_states": True} if hidden else {}),
         )
         self.cache = output.past_key_values
-        return output.logits[:, -1]
+        return output.logits[:, -1], output.hidden_states[-1][:, -1] if hidden else None
 
 
 class CompiledDecoder(Decoder):
@@ -150,6 +158,7 @@ class CompiledDecoder(Decoder):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._compiled = torch.compile(model, dynamic=False)
+        self._draw = torch.compile(sample_tokens, dynamic=False)
         self._caches: dict[tuple[int, int], Any] = {}
         self._padding = 0
 
@@ -165,10 +174,71 @@ class CompiledDecoder(Decoder):
             self._caches[rows, length] = StaticCache(config=self.model.config, max_cache_len=length)
         self.cache = self._caches[rows, length]
 
-    def step(self, ids: Tensor, mask: Tensor, positions: Tensor, seen: int) -> Tensor:
+    def step(self, ids: Tensor, mask: Tensor, positions: Tensor, seen: int, hidden: bool) -> tuple[Tensor, Any]:
         """See ``Decoder``."""
         mask = torch.nn.functional.pad(mask, (0, self._padding))
-        return self._logits(self._compiled if ids.shape[1] == 1 else self.model, ids, mask, positions)
+        if ids.shape[1] > 1:
+            return self._run(self.model, ids, mask, positions, hidden)
+        # On the CPU the fused kernel is slow for a single query a row; written out, its products are compiled too.
+        with sdpa_kernel(SDPBackend.MATH) if ids.device.type == "cpu" else nullcontext():
+            return self._run(self._compiled, ids, mask, positions, hidden)
+
+
+    def draw(self, logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+        """See ``Decoder``."""
+        return self._draw(logits, uniform, temperature)
+
+
+class Recorder:
+    """Keeps what a policy says of the tokens that it samples, so that no pass over the finished responses is needed:
+    the same numbers up to rounding. ``value_head`` (None: values are 0) maps hidden states (B, H) to values (B, 1);
+    ``wrap`` may compile the arithmetic."""
+
+    def __init__(
+        self,
+        value_head: Callable[[Tensor], Tensor] | None = None,
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+    ) -> None:
+        self.value_head = value_head
+        self._said = wrap(_said)
+        self._batches: list[list[tuple[Tensor, Tensor, Tensor]]] = []
+
+    def start(self) -> None:
+        """The tokens to come are those of further rows."""
+        self._batches.append([])
+
+    def note(self, logits: Tensor, hidden: Tensor | None, drawn: Tensor, temperature: float) -> None:
+        """Keep the next token of each row: logits (B, V), hidden states (B, H) before the value head, ids (B,)."""
+        self._batches[-1].append(self._said(logits, hidden, drawn, temperature, self.value_head))
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities, values and entropies of all tokens noted so far, (B, T) each, any value outside the mask;
+        then nothing is kept."""
+        width = max(map(len, self._batches))
+        parts = [
+            [
+                torch.nn.functional.pad(torch.stack(field, 1), (0, width - len(batch)))
+                for field in zip(*batch, strict=True)
+            ]
+            for batch in self._batches
+        ]
+        self._batches = []
+        logps, values, entropies = map(torch.cat, zip(*parts, strict=True))
+        return logps, values, entropies
+
+
+def _said(
+    logits: Tensor,
+    hidden: Tensor | None,
+    drawn: Tensor,
+    temperature: float,
+    value_head: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of the drawn token, value of the state before it, and entropy of its distribution: (B,) each."""
+    scaled = tempered(logits, temperature)
+    logps = token_logps(scaled, drawn)
+    values = torch.zeros_like(logps) if value_head is None else value_head(hidden).squeeze(-1).float()
+    return logps, values, entropy(scaled)
 
 
 @torch.no_grad()
@@ -182,6 +252,7 @@ def sample_responses(
     pad_token_id: int,
     temperature: float = 1.0,
     decoder: Decoder | None = None,
+    recorder: Recorder | None = None,
 ) -> Rollout:
     """Sample one response a prompt, of at most ``uniform.shape[1]`` tokens.
 
@@ -190,6 +261,7 @@ def sample_responses(
         prompt_ids, prompt_mask: (B, P), left-padded.
         uniform: (B, T) random numbers, see ``uniforms``.
         decoder: what runs the model (None: a new ``Decoder``).
+        recorder: is told of each token.
     """
     rows, budget = uniform.shape
     width, device = prompt_ids.shape[1], prompt_ids.device
@@ -197,14 +269,19 @@ def sample_responses(
     model.eval()
     decoder = decoder or Decoder(model)
     decoder.start(rows, width + budget)
+    hidden = recorder is not None and recorder.value_head is not None
+    if recorder is not None:
+        recorder.start()
     mask = torch.nn.functional.pad(prompt_mask.long(), (0, budget))
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     ids, positions = prompt_ids, position_ids(prompt_mask)
     tokens, masks = [], []
     for step in range(budget):
-        logits = decoder.step(ids, mask, positions, width + step)
-        drawn = sample_tokens(logits, uniform[:, step], temperature)
+        logits, state = decoder.step(ids, mask, positions, width + step, hidden)
+        drawn = decoder.draw(logits, uniform[:, step], temperature)
         drawn = torch.where(finished, pad_token_id, drawn)
+        if recorder is not None:
+            recorder.note(logits, state, drawn, temperature)
         tokens.append(drawn)
         masks.append(~finished)
         mask[:, width + step] = masks[-1]
