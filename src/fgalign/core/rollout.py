@@ -7,12 +7,10 @@ how many rows are sampled at once (up to rounding).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fgalign.core.tensor_ops import entropy, pad, position_ids, tempered, token_logps
 
@@ -131,10 +129,6 @@ class Decoder:
         tokens, these included."""
         return self._run(self.model, ids, mask[:, :seen], positions, hidden)
 
-    def draw(self, logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-        """See ``sample_tokens``."""
-        return sample_tokens(logits, uniform, temperature)
-
     def _run(self, model: Any, ids: Tensor, mask: Tensor, positions: Tensor, hidden: bool) -> tuple[Tensor, Any]:
         output = model(
             input_ids=ids,
@@ -158,7 +152,6 @@ class CompiledDecoder(Decoder):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._compiled = torch.compile(model, dynamic=False)
-        self._draw = torch.compile(sample_tokens, dynamic=False)
         self._caches: dict[tuple[int, int], Any] = {}
         self._padding = 0
 
@@ -177,16 +170,7 @@ class CompiledDecoder(Decoder):
     def step(self, ids: Tensor, mask: Tensor, positions: Tensor, seen: int, hidden: bool) -> tuple[Tensor, Any]:
         """See ``Decoder``."""
         mask = torch.nn.functional.pad(mask, (0, self._padding))
-        if ids.shape[1] > 1:
-            return self._run(self.model, ids, mask, positions, hidden)
-        # On the CPU the fused kernel is slow for a single query a row; written out, its products are compiled too.
-        with sdpa_kernel(SDPBackend.MATH) if ids.device.type == "cpu" else nullcontext():
-            return self._run(self._compiled, ids, mask, positions, hidden)
-
-
-    def draw(self, logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-        """See ``Decoder``."""
-        return self._draw(logits, uniform, temperature)
+        return self._run(self._compiled if ids.shape[1] == 1 else self.model, ids, mask, positions, hidden)
 
 
 class Recorder:
@@ -278,7 +262,7 @@ def sample_responses(
     tokens, masks = [], []
     for step in range(budget):
         logits, state = decoder.step(ids, mask, positions, width + step, hidden)
-        drawn = decoder.draw(logits, uniform[:, step], temperature)
+        drawn = sample_tokens(logits, uniform[:, step], temperature)
         drawn = torch.where(finished, pad_token_id, drawn)
         if recorder is not None:
             recorder.note(logits, state, drawn, temperature)
