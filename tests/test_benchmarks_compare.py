@@ -197,7 +197,8 @@ def test_matrix_products_of_an_update_by_hand(compare):
     }  # fmt: skip
     # 34 weights in the layer: 38 tokens forward, 10 backward, which is twice a forward. 10 in the output: 12 and 4.
     assert operations(found) == 2 * 34 * (38 + 20) + 2 * 10 * (12 + 8)
-    # A value model of its own: the layer at the 10 tokens whose old values it says and, three times, at the 10 of the update.
+    # A value model of its own: the layer at the 10 tokens whose old values it says, and three times at the 10 of the
+    # update.
     other = operations(products(PPOWorkload(**small, **model), separate=True))
     assert other - operations(found) == 2 * 34 * (10 + 30)
 
