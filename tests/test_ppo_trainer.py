@@ -772,13 +772,27 @@ def test_bad_arguments(make_trainer, options, message):
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reward", [share, count])
+def even_share(rollout):
+    """A score a response: the share of its tokens with an even id."""
+    return ((rollout.response_ids % 2 == 0) & rollout.response_mask).sum(1) / rollout.response_mask.sum(1)
+
+
+def even_count(rollout):
+    """A reward a token: 1 for an even id."""
+    return (rollout.response_ids % 2 == 0).float()
+
+
+@pytest.mark.parametrize("reward", [even_share, even_count])
 def test_it_learns(make_trainer, reward):
+    # About half of the tokens pay at first, so that no processor's rounding decides whether the policy meets them: with
+    # 12 seeds it came from 0.48-0.66 to 0.77-1.00 within 15 updates.
     logs = []
     make_trainer(
-        reward, updates=15, rollout_batch_size=12, minibatch_size=6, epochs=4,
+        reward, updates=20, rollout_batch_size=12, minibatch_size=6, epochs=4,
         log=lambda statistics, update: logs.append(statistics),
     ).train()  # fmt: skip
-    scores = [statistics["reward/score"] for statistics in logs]
-    first, last = sum(scores[:3]) / 3, sum(scores[-3:]) / 3
-    assert last > 3 * first + 0.3, scores
+    shares = [
+        statistics["reward/score"] / (1 if reward is even_share else statistics["response/tokens"])
+        for statistics in logs
+    ]
+    assert sum(shares[-3:]) / 3 > 0.75, shares
