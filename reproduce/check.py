@@ -12,7 +12,14 @@ import sys
 
 from fgalign.config import load_profile
 from fgalign.errors import FgalignError
-from fgalign.report.check import check_tables, committed_tables, format_report, passes, table_stage
+from fgalign.report.check import (
+    base_model_note,
+    check_tables,
+    committed_tables,
+    format_report,
+    passes,
+    table_stage,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_report(rows, names))
+    if not passes(rows) and (note := base_model_note(profile, options.against)):
+        print(note)
     return 0 if passes(rows) else 1
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import tensor
 
 from fgalign import training
@@ -389,6 +391,52 @@ def test_every_trainer_can_group_by_length(kind, context, tokenizer, monkeypatch
             ]
         ]
     assert len(seen) == 1 and len(set(seen[0])) > 1
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_every_trainer_compiled_is_the_same_up_to_rounding(kind, context, monkeypatch):
+    # Traced as ever, but run op by op: writing kernels takes long.
+    compiled = []
+
+    def tracing(function, **options):
+        compiled.append(options)
+        return compiler(function, **options)
+
+    compiler = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", tracing)
+    states, layers = [], []
+    for on in (False, True):
+        optim = {**OPTIM, "max_steps": 2, "compile": on}
+        get_method(kind).run(context, config(kind, **RUNS[kind], optim=optim))
+        states.append(load_causal_lm(context.out).state_dict())
+        layers.append(len(compiled))
+    assert layers == [0, 2] and compiled == [{"dynamic": True}] * 2
+    start = load_causal_lm(context.model("sft")).state_dict()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(start[name], value) for name, value in states[0].items())
+
+
+def test_compiling_is_for_one_process(context, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ConfigError, match="compile: expected false on 2 processes, found true"):
+        supervised.run(context, config("supervised", response="chosen", optim={**OPTIM, "compile": True}))
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_every_trainer_attends_in_float32_on_the_cpu(kind, context, monkeypatch):
+    seen = []
+
+    def attention(query, *rest, **options):
+        seen.append((query.dtype, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        return attend(query, *rest, **options)
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    context.runtime = RuntimeConfig(device="cpu", threads=1, dtype="bf16")
+    get_method(kind).run(context, config(kind, **RUNS[kind], optim={**OPTIM, "max_steps": 1}))
+    assert {(dtype, autocast) for dtype, autocast, graded in seen if graded} == {(torch.float32, False)}
+    assert load_causal_lm(context.out).config._attn_implementation == "sdpa"
 
 
 def test_decay_by_hand():

@@ -203,6 +203,31 @@ def test_matrix_products_of_an_update_by_hand(compare):
     assert other - operations(found) == 2 * 34 * (10 + 30)
 
 
+@pytest.mark.parametrize("instructions", [["avx2"], ["avx2", "amx_bf16"]])
+def test_bf16_is_measured_where_the_processor_has_matrix_units(compare, monkeypatch, tmp_path, instructions):
+    from speed import comparisons
+
+    class Canned(comparisons.Session):
+        def run(self, folder, sides, warmup=None):
+            unit = {"tokens": 6.0, "peak_memory": 2**20}
+            bf16 = {"separate bf16": 0.5, "head bf16": 0.25}
+            options = {name: own.get("config") for name, (_, own) in sides.items() if name in bf16}
+            assert set(map(str, options.values())) <= {str({"compile": True, "bf16": True})}
+            return {name: [{**unit, "seconds": bf16.get(name, 2.0)}] * 2 for name in sides}
+
+    monkeypatch.setattr(comparisons, "describe", lambda threads: {"instructions": instructions})
+    monkeypatch.setattr(comparisons, "write_workload", lambda folder, workload: None)
+    rows = comparisons.ppo(Canned(tmp_path, trl_python=tmp_path))
+    ratios = {row.comparison: (row.ratio, row.met) for row in rows if row.quantity == "response tokens"}
+    found = {name: ratio for name, ratio in ratios.items() if "bf16" in name}
+    expected = {
+        "PPO, separate value model, compiled, bf16": (4.0, "yes"),
+        "PPO, shared trunk, compiled, bf16": (8.0, "yes"),
+    }
+    assert found == (expected if "amx_bf16" in instructions else {})
+    assert ratios["PPO, shared trunk, compiled"] == (1.0, "no")
+
+
 def test_bounds_of_a_gpu_by_hand(compare, make_model):
     from speed.gpu import decode_bound, multiplying_weights, peaks, training_flops, utilisation
     from speed.workload import PPOWorkload
@@ -222,9 +247,9 @@ def test_bounds_of_a_gpu_by_hand(compare, make_model):
         vocab_size=3,
     )
     # Weights: 2 * 16 + 2 * 4 * 2 + 3 * 8 + 12 = 84. Operations: 6 * 84 * (2 * (1 + 2) tokens) * 3 epochs = 9,072.
-    # Cache a row at 2 tokens: 2 (keys, values) * 2 bytes * 1 head * 2 * 2 tokens = 16. Bound: 2 * 368 / (336 + 32) = 2.
+    # Cache a row at 2 tokens: 2 (keys, values) * 2 bytes * 1 head * 2 * 2 tokens = 16. Bound: 2 * 200 / (168 + 32) = 2.
     workload = PPOWorkload(batch=2, epochs=3, prompt_length=1, response_length=2)
-    update, decoding = utilisation([{"update": 1e-12, "tokens": 4, "rollout": 8.0}], workload, config, 18144e12, 368.0)
+    update, decoding = utilisation([{"update": 1e-12, "tokens": 4, "rollout": 8.0}], workload, config, 18144e12, 200.0)
     assert (update.ours, update.other, update.ratio) == (9072.0, 18144.0, 0.5)
     assert (decoding.ours, decoding.other, decoding.ratio) == (0.5, 2.0, 0.25)
 

@@ -118,6 +118,31 @@ def test_script_fails_on_a_table_that_was_not_rebuilt_or_never_committed(reposit
     assert check(["--against", "no-such-ref"]) == 2
 
 
+def lock(base):
+    return f"schema: '2.0'\nstages:\n  base:\n    outs:\n    - path: data/mini/models/base\n      md5: {base}\n"
+
+
+def test_another_base_model_is_said(repository, check, capsys):
+    root = repository.parents[3]
+    git = ["git", "-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    note = "The base model is not the committed one"
+    repository.write_text(cells_to_csv([changed(mean=60.0)]))
+    assert check([]) == 1  # no lock
+    (root / "dvc.lock").write_text(lock("a.dir"))
+    subprocess.run([*git, "add", "dvc.lock"], cwd=root, check=True)
+    subprocess.run([*git, "commit", "-qm", "lock"], cwd=root, check=True)
+    assert check([]) == 1  # the same base model
+    (root / "dvc.lock").write_text("stages: {}")
+    assert check([]) == 1  # none yet
+    assert note not in capsys.readouterr().out
+    (root / "dvc.lock").write_text(lock("b.dir"))
+    assert check([]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith(note)
+    repository.write_text(cells_to_csv([OLD]))
+    assert check([]) == 0
+    assert note not in capsys.readouterr().out
+
+
 def test_claims_are_checked_by_estimate_and_verdict(repository, check, capsys):
     from fgalign.report.claims import Result, claims_to_csv
 

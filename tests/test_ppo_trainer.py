@@ -535,18 +535,49 @@ def test_value_head_disturbs_no_policy_gradient(make_trainer):
     assert trainer.model.value_head.weight.abs().max() == 0
 
 
-def test_bf16(make_trainer):
+@pytest.fixture
+def any_precision():
+    """accelerate keeps the precision of the first trainer of a process for all that follow."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        logs = []
-        trainer = make_trainer(bf16=True, log=lambda statistics, update: logs.append(statistics))
-        trainer.train()
-        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
-        assert all(math.isfinite(value) for value in logs[-1].values())
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bf16(make_trainer, monkeypatch, any_precision, compiled):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    logs = []
+    told = {"log": lambda statistics, update: logs.append(statistics)}
+    trainer = make_trainer(bf16=True, compile=compiled, reuse_sampling=compiled, **told)
+    trainer.train()
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert all(math.isfinite(value) for value in logs[-1].values())
+
+
+def test_in_bf16_all_models_attend_in_float32_on_the_cpu(make_trainer, make_model, monkeypatch, any_precision):
+    seen = []
+
+    def attention(query, *rest, **options):
+        seen.append((query.dtype, torch.is_autocast_enabled("cpu")))
+        return attend(query, *rest, **options)
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    policy, reference = make_model(0), make_model(0)
+    critic, scorer = (make_model(3, kind="token", num_labels=count) for count in (1, 3))
+    make_trainer(
+        reward_function(scorer, "token"), model=policy, ref_model=reference, critic=critic, value_model="separate",
+        bf16=True,
+    ).train()  # fmt: skip
+    assert set(seen) == {(torch.float32, False)}
+    assert {model.config._attn_implementation for model in (policy, reference, critic, scorer)} == {"sdpa_float32"}
+    # Of attention of their own, and without bf16, nothing changes.
+    eager = make_model(0)
+    eager.set_attn_implementation("eager")
+    make_trainer(model=eager, bf16=True)
+    assert eager.config._attn_implementation == "eager"
 
 
 REUSED = {

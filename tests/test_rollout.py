@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import tensor
+from transformers import LlamaConfig
 
 from fgalign.core.rollout import (
     CompiledDecoder,
+    Decoder,
     Rollout,
     response_logits,
     response_logps,
@@ -109,6 +111,7 @@ class Script:
     """A causal LM that always says the next token of its script, with probability 1."""
 
     training = True
+    config = LlamaConfig(num_hidden_layers=1)
 
     def __init__(self, rows):
         self.rows, self.step, self.masks, self.modes = rows, 0, [], []
@@ -203,6 +206,21 @@ def test_compiled_decoder_draws_the_same(make_model, monkeypatch, temperature):
         expected, found = (sample(model, prompts[:rows], uniform, temperature, with_) for with_ in (None, decoder))
         assert found.response_lists() == expected.response_lists()
     assert sorted(decoder._caches) == [(3, 64), (5, 64)]  # prompts and responses have fewer than 64 tokens
+
+
+@pytest.mark.parametrize("kind", [Decoder, CompiledDecoder])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_cache_holds_keys_in_the_type_of_the_values(make_model, monkeypatch, kind, bf16):
+    # Under autocast the rotary embedding makes float32 of the keys, which a cache of fixed size cannot hold beside the
+    # values.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = make_model()
+    decoder = kind(model)
+    uniform = uniforms(5, 3, torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        sample(model, PROMPTS, uniform, 1.0, decoder)
+    types = {part.dtype for layer in decoder.cache.layers for part in (layer.keys, layer.values)}
+    assert types == {torch.bfloat16 if bf16 else torch.float32}
 
 
 def test_agrees_with_greedy_generate(make_model):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fgalign.hardware import describe
 from speed import kernels
 from speed.gate import Process, Runner, Thread, alternate
 from speed.pairs import PairWorkload
@@ -32,6 +33,12 @@ PPO_SIDES: Sides = {
     "head products": ("speed.ppo_products", {"value_model": "head"}),
     "token": ("speed.ppo_own", {"value_model": "head", "level": "token"}),
 }
+BF16 = {"config": {"compile": True, "bf16": True}}
+BF16_SIDES: Sides = {
+    "separate bf16": ("speed.ppo_own", {"value_model": "separate", "level": "sequence", **BF16}),
+    "head bf16": ("speed.ppo_own", {"value_model": "head", "level": "sequence", **BF16}),
+}
+"""Only where the processor multiplies bf16 in matrix units; elsewhere that is several times slower."""
 BY_LENGTH = {"config": {"compile": True, "microbatch_size": 8}}
 ENDING_SIDES: Sides = {
     **{name: PPO_SIDES[name] for name in (TRL_PPO, "separate", "head")},
@@ -39,6 +46,8 @@ ENDING_SIDES: Sides = {
     "head compiled": ("speed.ppo_own", {"value_model": "head", "level": "sequence", **BY_LENGTH}),
 }
 LEARNERS = {"separate": "separate value model", "head": "shared trunk"}
+STATES = {"": "", " compiled": ", compiled", " bf16": ", compiled, bf16"}
+MATRIX_UNITS = "amx_bf16"
 WARMUP_COMPILED = 4
 """Updates until torch.compile has seen all sizes."""
 PARTS = ("rollout", "scoring", "update")
@@ -149,6 +158,8 @@ def ppo(session: Session) -> list[Row]:
     sides = dict(PPO_SIDES)
     if session.trl_python is None:  # the products stand in rows beside TRL's
         sides = {name: side for name, side in sides.items() if not name.endswith("products")}
+    elif MATRIX_UNITS in describe(session.threads)["instructions"]:
+        sides |= BF16_SIDES
     answers = session.run(session.work("ppo", session.ppo), sides, warmup)
     rows = against_trl(answers, "PPO", Target(">=", 3.0))
     for learner, title in LEARNERS.items() if rows else ():
@@ -170,19 +181,20 @@ def against_trl(answers: Answers, title: str, target: Target) -> list[Row]:
     if TRL_PPO not in answers:
         return []
     rows = []
-    for side, learner in ours(title):
+    for side, learner in ours(title, answers):
         both = (answers[side], answers[TRL_PPO])
         rows.append(row(learner, TRL_PPO, "response tokens", "1/s", *map(per_second, both), target))
         rows.append(memory(learner, TRL_PPO, *both))
     return rows
 
 
-def ours(title: str) -> list[tuple[str, str]]:
-    """Names of our sides and what the table calls them."""
+def ours(title: str, among: Iterable[str]) -> list[tuple[str, str]]:
+    """Names of our sides of both learners ``among`` those given, and what the table calls them."""
     return [
-        (f"{side}{state}", f"{title}, {learner}{state and ', compiled'}")
+        (f"{side}{state}", f"{title}, {learner}{called}")
         for side, learner in LEARNERS.items()
-        for state in ("", " compiled")
+        for state, called in STATES.items()
+        if f"{side}{state}" in among
     ]
 
 
@@ -196,7 +208,7 @@ def ppo_ending(session: Session) -> list[Row]:
     other = values(answers[TRL_PPO], "seconds")
     return [
         row(learner, TRL_PPO, "time", "s/update", values(answers[side], "seconds"), other)
-        for side, learner in ours("PPO, responses that end")
+        for side, learner in ours("PPO, responses that end", ENDING_SIDES)
     ]
 
 

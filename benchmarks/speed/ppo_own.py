@@ -51,9 +51,8 @@ def side(options: dict[str, Any], gate: Gate) -> None:
             reward_scale="none",
             missing_eos_penalty=0.0,
             reuse_sampling=True,  # as TRL does: the old policy's log-probabilities are those of sampling
-            bf16=workload.bf16,
             use_cpu=options["device"] == "cpu",
-            **options.get("config", {}),
+            **{"bf16": workload.bf16, **options.get("config", {})},
         ),
         train_dataset=prompts,
         processing_class=SimpleNamespace(pad_token_id=tokenizer.pad_token_id, eos_token_id=end),

@@ -30,8 +30,6 @@ random numbers, minibatches and statistics are those of one process, so that los
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -43,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgalign.core.modeling import attend_in_float32, check_compiler, full_state, save_model
 from fgalign.core.rollout import Recorder, Rollout, response_logps, uniforms
 from fgalign.core.tensor_ops import entropy, gae, masked_mean, masked_sum, position_ids, tempered, token_logps, whiten
 from fgalign.distributed import (
@@ -214,10 +213,6 @@ def check_config(args: FineGrainedPPOConfig) -> None:
             raise ConfigError(f"value_model: advantage group has none; leave it at 'head', found {args.value_model!r}")
     if not 0 < args.vllm_memory < 1:
         raise ConfigError(f"vllm_memory: expected a share between 0 and 1, found {args.vllm_memory}")
-    if args.compile and args.use_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise ConfigError(
-            "compile: torch.compile needs a C++ compiler on the CPU, found none; install g++, or turn it off"
-        )
     if not args.temperature > 0:
         raise ConfigError(f"temperature: expected above 0 (training needs a distribution), found {args.temperature}")
 
@@ -339,6 +334,11 @@ class ShardedPolicy:
         return self.model.run_policy(*args, **kwargs)
 
     @property
+    def config(self) -> Any:
+        """The policy's configuration."""
+        return self.model.policy.config
+
+    @property
     def training(self) -> bool:
         """Whether the model is in training mode."""
         return self.model.training
@@ -410,6 +410,9 @@ class FineGrainedPPOTrainer:
         self.args = args
         self.accelerator = Accelerator(cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "no")
         check_supported(self.accelerator, adapter=peft_config is not None)
+        if args.bf16 and self.accelerator.device.type == "cpu":
+            for each in (model, ref_model, value_model, getattr(reward, "model", None)):
+                attend_in_float32(each)
         self.reward = reward
         self.prompts = train_dataset
         self.tokenizer = processing_class
@@ -420,6 +423,8 @@ class FineGrainedPPOTrainer:
             raise ConfigError(f"rollout_batch_size and minibatch_size: expected multiples of {processes} processes")
         if args.compile and processes > 1:
             raise ConfigError(f"compile: expected false on {processes} processes, found true")
+        if args.compile:
+            check_compiler(self.accelerator.device)
         if args.reuse_sampling and (processes > 1 or choose_engine(args.rollout_engine) != "transformers"):
             raise ConfigError("reuse_sampling: expected one process and rollout_engine 'transformers'")
         # Without dropout the ratio of the new to the old policy is 1 before the first step.
@@ -432,7 +437,7 @@ class FineGrainedPPOTrainer:
         compiled = torch.compile if args.compile else _as_it_is
         self._losses = compiled(partial(experience_losses, args))
         self._old, self._old_values, self._logps = compiled(old_policy), compiled(old_values), compiled(response_logps)
-        self._recorder = Recorder(getattr(both, "value_head", None), compiled) if args.reuse_sampling else None
+        self._recorder = Recorder(getattr(both, "value_head", None), args.compile) if args.reuse_sampling else None
         if args.compile and hasattr(reward, "model"):
             reward.model.compile()
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -626,8 +631,6 @@ class FineGrainedPPOTrainer:
     def save_model(self, folder: str | Path | None = None) -> None:
         """Save policy (adapter merged) and tokenizer to ``folder`` (default: ``args.output_dir``); of several processes
         the main one writes."""
-        from fgalign.core.modeling import full_state, save_model
-
         state = full_state(self.model, self.accelerator, "policy.")
         if self.accelerator.is_main_process:
             policy = self.accelerator.unwrap_model(self.model).policy

@@ -11,7 +11,7 @@ from pydantic import Field
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fgalign.config import Section
-from fgalign.core.modeling import full_state, is_sharded, save_model
+from fgalign.core.modeling import attend_in_float32, compile_layers, full_state, is_sharded, save_model
 from fgalign.errors import ConfigError, TrainingError
 from fgalign.parallel import is_main_process, progress
 from fgalign.tracking import Run
@@ -53,6 +53,9 @@ class OptimConfig(Section):
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """Run the model's layers through torch.compile: the first step takes longer, later ones less time. For one
+    process."""
     sampling: Literal["random", "group_by_length"] = "random"
     """Order of the examples; ``group_by_length`` puts those of similar length (``row_length``) into one batch, which
     then pads little."""
@@ -152,6 +155,13 @@ def train(trainer: Trainer, run: Run, title: str, optim: OptimConfig) -> dict[st
     if optim.sampling == "group_by_length" and not {"input_ids", length} & set(rows.column_names):
         # The sampler of transformers knows by itself how long ``input_ids`` are, and nothing else.
         trainer.train_dataset = rows.add_column(length, [row_length(row) for row in rows])
+    if trainer.args.bf16 and trainer.args.device.type == "cpu":
+        for model in (trainer.model, getattr(trainer, "ref_model", None)):
+            attend_in_float32(model)
+    if optim.compile:
+        if trainer.accelerator.num_processes > 1:
+            raise ConfigError(f"compile: expected false on {trainer.accelerator.num_processes} processes, found true")
+        compile_layers(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(run, title, optim.max_tokens, optim.schedule))
     trainer.train()

@@ -5,18 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fgalign.config import Section
-from fgalign.errors import InputError
+from fgalign.errors import ConfigError, InputError
 from fgalign.parallel import can_fork, cores, process_count
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _KEPT = 256 * 2**20
+_FLOAT32_ATTENTION = "sdpa_float32"
 
 
 class RuntimeConfig(Section):
@@ -136,6 +138,52 @@ def load_token_reward_model(path: Path | str, device: torch.device | str = "cpu"
     from transformers import AutoModelForTokenClassification
 
     return AutoModelForTokenClassification.from_pretrained(_existing(path), dtype=torch.float32, **kwargs).to(device)
+
+
+def compile_layers(model: Any) -> None:
+    """Run each layer of a model of transformers through torch.compile, in place and for sequences of any length: one
+    layer is compiled, the others are like it.
+
+    Raises:
+        ConfigError: torch.compile needs a compiler that is not there.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    check_compiler(model.device)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ConfigError where torch.compile cannot work: on the CPU it needs a C++ compiler."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise ConfigError(
+            "compile: torch.compile needs a C++ compiler on the CPU, found none; install g++, or turn it off"
+        )
+
+
+def attend_in_float32(model: Any) -> None:
+    """Let the attention of a model of transformers compute in float32 where autocast would have it in bf16: on the CPU
+    the backward pass of torch's attention in bf16 takes 3 to 15 times as long. Nothing changes of None, of a model that
+    does not attend through torch's ``scaled_dot_product_attention``, and of what is saved."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(_FLOAT32_ATTENTION, _float32_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_FLOAT32_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
+        model.set_attn_implementation(_FLOAT32_ATTENTION)
+
+
+def _float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+    """transformers' attention over (B, heads, S, size) in float32, its output in the type of ``query``."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    with torch.autocast(query.device.type, enabled=False):
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        output, weights = attend(module, query.float(), key.float(), value.float(), *args, **options)
+    return output.to(query.dtype), weights
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -121,7 +121,9 @@ class Decoder:
 
     def start(self, rows: int, width: int) -> None:
         """Forget what came before; prompts and responses will be ``rows`` of at most ``width`` tokens together."""
-        self.cache = None
+        from fgalign.core.kv_cache import GrowingCache
+
+        self.cache = GrowingCache(config=self.model.config)
 
     def step(self, ids: Tensor, mask: Tensor, positions: Tensor, seen: int, hidden: bool) -> tuple[Tensor, Any]:
         """Logits (B, V) after the new ``ids`` (B, S) at their ``positions``, and with ``hidden`` the last hidden state
@@ -157,14 +159,14 @@ class CompiledDecoder(Decoder):
 
     def start(self, rows: int, width: int) -> None:
         """See ``Decoder``. A cache is kept for the next rows of its size: what is compiled is bound to its memory."""
-        from transformers import StaticCache
+        from fgalign.core.kv_cache import FixedCache
 
         length = -(-width // self.BLOCK) * self.BLOCK
         self._padding = length - width
         if (rows, length) in self._caches:
             self._caches[rows, length].reset()
         else:
-            self._caches[rows, length] = StaticCache(config=self.model.config, max_cache_len=length)
+            self._caches[rows, length] = FixedCache(config=self.model.config, max_cache_len=length)
         self.cache = self._caches[rows, length]
 
     def step(self, ids: Tensor, mask: Tensor, positions: Tensor, seen: int, hidden: bool) -> tuple[Tensor, Any]:
@@ -176,15 +178,11 @@ class CompiledDecoder(Decoder):
 class Recorder:
     """Keeps what a policy says of the tokens that it samples, so that no pass over the finished responses is needed:
     the same numbers up to rounding. ``value_head`` (None: values are 0) maps hidden states (B, H) to values (B, 1);
-    ``wrap`` may compile the arithmetic."""
+    ``compiled`` runs the arithmetic through torch.compile."""
 
-    def __init__(
-        self,
-        value_head: Callable[[Tensor], Tensor] | None = None,
-        wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
-    ) -> None:
+    def __init__(self, value_head: Callable[[Tensor], Tensor] | None = None, compiled: bool = False) -> None:
         self.value_head = value_head
-        self._said = wrap(_said)
+        self._said = torch.compile(_said) if compiled else _said
         self._batches: list[list[tuple[Tensor, Tensor, Tensor]]] = []
 
     def start(self) -> None:

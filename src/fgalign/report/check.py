@@ -19,6 +19,7 @@ from fgalign.config import Profile
 from fgalign.errors import InputError
 from fgalign.report.cells import Cell, cells_from_csv, cells_to_csv, read_table
 from fgalign.report.claims import claim_cells, claims_from_csv, claims_path, read_claims
+from fgalign.report.index import BASE, read_stages
 from fgalign.report.tables import TABLES, table_paths, table_spec
 
 Verdict = Literal["exact", "within", "differs", "only committed", "only rebuilt", "other seeds"]
@@ -98,8 +99,6 @@ def table_stage(profile: Profile, name: str) -> str:
         ConfigError: an unknown table.
         InputError: no stage builds it in this profile.
     """
-    from fgalign.report.index import read_stages
-
     path = _csv_path(profile, name).relative_to(profile.root).as_posix()
     for stage in read_stages(profile.root):
         if path in stage.outs:
@@ -117,6 +116,30 @@ def _csv_path(profile: Profile, name: str) -> Path:
 def committed_text(root: Path, path: Path, against: str) -> str:
     """The text of a file at a commit; InputError where the commit does not hold it."""
     return _git(root, "show", f"{against}:{path.relative_to(root).as_posix()}")
+
+
+def base_model_note(profile: Profile, against: str = "HEAD") -> str | None:
+    """A line that says why levels may differ, where the base model is not the one of the commit; None where it is, or
+    where one side has no ``dvc.lock`` that tells."""
+    lock = profile.file.parent / "dvc.lock"
+    try:
+        hashes = {_base_hash(lock.read_text(encoding="utf-8")), _base_hash(committed_text(profile.root, lock, against))}
+    except (OSError, InputError):
+        return None
+    if len(hashes - {None}) < 2:
+        return None
+    return (
+        "The base model is not the committed one: it is trained once, and another kind of processor rounds otherwise. "
+        "What all methods share, such as the level of win rates, then moves by more than intervals over seeds and "
+        "prompts say; compare methods with each other, and the claims."
+    )
+
+
+def _base_hash(lock: str) -> str | None:
+    import yaml
+
+    stage = yaml.load(lock, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"].get(BASE)
+    return stage and stage["outs"][0]["md5"]
 
 
 def format_report(rows: list[Comparison], names: Iterable[str]) -> str:

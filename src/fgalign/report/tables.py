@@ -8,8 +8,9 @@ effects (``statistics.crossed_interval``) where there is a value per (seed, prom
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fgalign.config import Profile
@@ -284,7 +285,14 @@ def xu_token_models(profile: Profile) -> list[Cell]:
     """The token-level reward model and its alternatives (losses, labels): the columns of ``xu_reward_models``."""
     required = list(dict.fromkeys(["rm_token", *profile.params.get("token_models", {})]))
     models = inputs.read_reward_models(profile, required, "token_models.csv")
-    return _model_cells("xu_token_models", profile, models)
+    cells = []
+    for model, metrics in models.items():
+        for metric, values in metrics.items():
+            share = metric in SHARES
+            bounds = UNIT_RANGE if share or metric.partition(":")[0] == TOKEN_AUROC else None
+            scale = PERCENT if share else 1.0
+            cells.append(_over_seeds("xu_token_models", model, metric, values, profile.seeds, scale, bounds))
+    return cells
 
 
 def search(profile: Profile) -> list[Cell]:
@@ -340,15 +348,15 @@ def xu_reward_models(profile: Profile) -> list[Cell]:
     models = inputs.read_reward_models(profile, report_config(profile).reward_models)
     intervals = inputs.read_token_intervals(profile)
     cells = []
-    for cell in _model_cells(name, profile, models):
-        if cell.metric in PAIR_SHARES:
-            grid = inputs.read_reward_pairs(profile, cell.method, cell.metric)
-            cell = _crossed(name, cell.method, cell.metric, grid, "correct", PERCENT, UNIT_RANGE)
-        else:
-            scale = PERCENT if cell.metric in SHARES else 1.0
-            bounds = [scale * value for value in intervals.get((cell.method, cell.metric), ())] or [None, None]
-            cell = replace(cell, low=bounds[0], high=bounds[1])
-        cells.append(cell)
+    for model, metrics in models.items():
+        for metric, values in metrics.items():
+            if metric in PAIR_SHARES:
+                grid = inputs.read_reward_pairs(profile, model, metric)
+                cells.append(_crossed(name, model, metric, grid, "correct", PERCENT, UNIT_RANGE))
+                continue
+            scale = PERCENT if metric in SHARES else 1.0
+            bounds = [scale * value for value in intervals.get((model, metric), ())] or [None, None]
+            cells.append(_cell(name, model, metric, [scale * fmean(values), *bounds], profile.seeds))
     return cells
 
 
@@ -577,16 +585,6 @@ def _benchmarks(table: str, profile: Profile, methods: list[str], rates_only: bo
                 metric, scale = f"{BENCHMARK}{task}__{measure}", PERCENT if rate else 1.0
                 bounds = UNIT_RANGE if rate else None
                 cells.append(_over_seeds(table, method, metric, values[task, measure], profile.seeds, scale, bounds))
-    return cells
-
-
-def _model_cells(table: str, profile: Profile, models: inputs.PerSeed) -> list[Cell]:
-    cells = []
-    for model, metrics in models.items():
-        for metric, values in metrics.items():
-            share = metric in SHARES
-            bounds = UNIT_RANGE if share or metric.partition(":")[0] == TOKEN_AUROC else None
-            cells.append(_over_seeds(table, model, metric, values, profile.seeds, PERCENT if share else 1.0, bounds))
     return cells
 
 
