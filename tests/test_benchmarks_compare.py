@@ -264,6 +264,8 @@ def test_a_quick_run_writes_table_figure_and_machine(compare, table, tmp_path, c
         ("PPO, token-level rewards", "peak memory"),
         ("FIGA training", "tokens"),
         ("FIGA training", "peak memory"),
+        ("FIGA training, compiled", "tokens"),
+        ("FIGA training, compiled", "peak memory"),
         ("FIGA masks, 2 pairs × 12", "time"),
         ("FIGA loss, 2 pairs × 12 × 40", "time"),
         ("Labelling, 8 tokens", "pairs"),

@@ -12,11 +12,12 @@ from speed.pairs import PairWorkload, labelled_pairs, supervised_rows
 
 def side(options: dict[str, Any], gate: Gate) -> None:
     """Options: ``folder`` (see ``workload``), ``threads``, ``device``, ``trainer`` (``figa`` or ``sft``), ``pairs``
-    (fields of ``PairWorkload``), ``bf16``."""
+    (fields of ``PairWorkload``), ``bf16``, ``compile`` (False unless given)."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
+    from fgalign.core.modeling import compile_layers
     from fgalign.methods.figa import FIGAConfig, FIGATrainer
     from fgalign.training import OptimConfig, trainer_arguments
 
@@ -69,6 +70,8 @@ def side(options: dict[str, Any], gate: Gate) -> None:
             train_dataset=Dataset.from_list(supervised_rows(pairs, workload.batch)),
             processing_class=tokenizer,
         )
+    if options.get("compile"):
+        compile_layers(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(AtGate())
     trainer.train()

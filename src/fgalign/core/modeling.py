@@ -49,6 +49,8 @@ def set_up(config: RuntimeConfig) -> torch.device:
 
     logging.disable_progress_bar()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Looking for a GPU must not start CUDA here: with ``workers`` above 1, forked processes do.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():
