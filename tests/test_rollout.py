@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import tensor
-from transformers import LlamaConfig
+from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig
 
+from fgalign.core.kv_cache import GrowingCache
 from fgalign.core.rollout import (
     CompiledDecoder,
     Decoder,
@@ -221,6 +222,29 @@ def test_the_cache_holds_keys_in_the_type_of_the_values(make_model, monkeypatch,
         sample(model, PROMPTS, uniform, 1.0, decoder)
     types = {part.dtype for layer in decoder.cache.layers for part in (layer.keys, layer.values)}
     assert types == {torch.bfloat16 if bf16 else torch.float32}
+
+
+def test_the_cache_grows_in_place(make_model):
+    model, decoder = make_model(), Decoder(make_model())
+    decoder.start(1, 6)
+    places = []
+    for seen, ids in ((3, [[5, 6, 7]]), (4, [[8]]), (5, [[9]])):
+        positions = torch.arange(seen - len(ids[0]), seen)[None]
+        found, _ = decoder.step(tensor(ids), torch.ones(1, 6).long(), positions, seen, hidden=False)
+        expected = model(input_ids=tensor([[5, 6, 7, 8, 9][:seen]])).logits[:, -1]
+        close(found.detach(), expected.detach())
+        layers = decoder.cache.layers
+        assert [part.shape[2] for layer in layers for part in (layer.keys, layer.values)] == [seen] * 4
+        places.append([part.data_ptr() for layer in layers for part in (layer.keys, layer.values)])
+    assert places[0] == places[1] == places[2] and len(set(places[0])) == 4
+
+
+def test_layers_with_sliding_windows_keep_their_cache():
+    config = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], vocab_size=30)
+    sliding, full = GrowingCache(config, 7).layers
+    expected = DynamicCache(config=config).layers
+    assert type(sliding) is type(expected[0]) is not type(full)
+    assert isinstance(full, type(expected[1])) and full.length == 7
 
 
 def test_agrees_with_greedy_generate(make_model):

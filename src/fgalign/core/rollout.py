@@ -123,7 +123,7 @@ class Decoder:
         """Forget what came before; prompts and responses will be ``rows`` of at most ``width`` tokens together."""
         from fgalign.core.kv_cache import GrowingCache
 
-        self.cache = GrowingCache(config=self.model.config)
+        self.cache = GrowingCache(self.model.config, width)
 
     def step(self, ids: Tensor, mask: Tensor, positions: Tensor, seen: int, hidden: bool) -> tuple[Tensor, Any]:
         """Logits (B, V) after the new ``ids`` (B, S) at their ``positions``, and with ``hidden`` the last hidden state
