@@ -12,14 +12,7 @@ import sys
 
 from fgalign.config import load_profile
 from fgalign.errors import FgalignError
-from fgalign.report.check import (
-    base_model_note,
-    check_tables,
-    committed_tables,
-    format_report,
-    passes,
-    table_stage,
-)
+from fgalign.report.check import base_model_note, check_tables, committed_tables, format_report, passes, table_stage
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -172,10 +172,11 @@ def attend_in_float32(model: Any) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa":
+        return
     ALL_ATTENTION_FUNCTIONS.register(_FLOAT32_ATTENTION, _float32_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_FLOAT32_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
-        model.set_attn_implementation(_FLOAT32_ATTENTION)
+    model.set_attn_implementation(_FLOAT32_ATTENTION)
 
 
 def _float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
