@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,8 @@ class ScratchConfig(Section):
     optim: OptimConfig
     threads: int | None = None
     """CPU threads of this training, which runs alone (None: those of ``runtime``)."""
+    portable: bool = False
+    """Round alike on every x86-64 processor with AVX2 (see ``portable_arithmetic``), which takes half again as long."""
 
 
 class PretrainedConfig(Section):
@@ -51,6 +55,26 @@ class PretrainedConfig(Section):
     chat_template: str | None = None
     """Takes the place of the tokenizer's; needed where it has none."""
     max_length: int = 512
+
+
+def portable_arithmetic() -> None:
+    """Have torch on the CPU round alike on every x86-64 processor with AVX2, for the rest of this process.
+
+    Processors otherwise get the kernels that suit them, which add in other orders; training amplifies that until the
+    model is another. Call it before torch computes for the first time. The matrix library's branch is the one that its
+    makers promise to repeat on Intel's and other processors
+    (https://www.intel.com/content/www/us/en/docs/onemkl/developer-guide-linux/2025-0/specifying-code-branches.html);
+    the number of threads must be the same too. Warns where torch computes otherwise all the same.
+    """
+    import torch
+
+    os.environ.update(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="COMPATIBLE", ONEDNN_MAX_CPU_ISA="AVX2")
+    if (found := torch.backends.cpu.get_cpu_capability()) != "AVX2":
+        warnings.warn(
+            f"base_model.portable: torch computes with {found}, not AVX2 (this processor has no AVX2, or torch had "
+            "computed before): the base model will be another than elsewhere",
+            stacklevel=2,
+        )
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Any:

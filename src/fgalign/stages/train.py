@@ -43,7 +43,13 @@ def train_seeds(profile: Profile, stage: str, config: Section, train: Callable[[
 
 def run_base(profile: Profile) -> None:
     """base: the base model and the tokenizer, ``data/<profile>/models/base``."""
-    from fgalign.base_model import PretrainedConfig, ScratchConfig, build_pretrained, build_scratch
+    from fgalign.base_model import (
+        PretrainedConfig,
+        ScratchConfig,
+        build_pretrained,
+        build_scratch,
+        portable_arithmetic,
+    )
 
     section: Mapping[str, Any] = profile.params.get("base_model", {})
     kinds = {"scratch": ScratchConfig, "pretrained": PretrainedConfig}
@@ -52,8 +58,11 @@ def run_base(profile: Profile) -> None:
         raise ConfigError(f"{profile.file}: base_model.kind: expected scratch or pretrained, found {kind!r}")
     config = parse_section(section, kinds[kind], f"{profile.file}: base_model")
     runtime = profile.section("runtime", RuntimeConfig)
-    if isinstance(config, ScratchConfig) and config.threads is not None:
-        runtime = runtime.model_copy(update={"threads": config.threads})
+    if isinstance(config, ScratchConfig):
+        if config.portable:
+            portable_arithmetic()
+        if config.threads is not None:
+            runtime = runtime.model_copy(update={"threads": config.threads})
     device = set_up(runtime)
     with (
         output_dir(profile.model_folder("base")) as out,
