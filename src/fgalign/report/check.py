@@ -129,9 +129,9 @@ def base_model_note(profile: Profile, against: str = "HEAD") -> str | None:
     if len(hashes - {None}) < 2:
         return None
     return (
-        "The base model is not the committed one: it is trained once, and another kind of processor (or other code, "
-        "data or parameters) gives another. What all methods share, such as the level of win rates, then moves by more "
-        "than intervals over seeds and prompts say; compare methods with each other, and the claims."
+        "The base model is not the committed one: it was trained again, with other code, data or parameters, or where "
+        "torch rounds otherwise. What all methods share, such as the level of win rates, then moves by more than "
+        "intervals over seeds and prompts say; compare methods with each other, and the claims."
     )
 
 
