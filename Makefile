@@ -22,7 +22,7 @@ PIPELINE := $(if $(filter mini,$(PROFILE)),dvc.yaml,reproduce/profiles/$(PROFILE
 ifeq ($(wildcard $(PIPELINE)),)
 $(error unknown profile '$(PROFILE)': expected mini or one of $(notdir $(wildcard reproduce/profiles/*)))
 endif
-SETUP := $(if $(filter human,$(PROFILE)),setup-human,setup)
+SETUP := $(if $(filter human human-gpu,$(PROFILE)),setup-human,setup)
 
 help: ## Print the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' Makefile | awk -F '|' '{ printf "make %-12s %s\n", $$1, $$2 }'

@@ -262,12 +262,12 @@ def write_reward_models(profile: Profile) -> None:
 def write_reward_pairs(profile: Profile, correct: dict[tuple[str, str], list]) -> None:
     """Whether models rank pairs rightly, ``correct[model, metric][seed place][pair]``."""
     rows = [
-        [model, metric, seed, f"pair-{pair}", float(value)]
+        [model, metric, seed, f"pair-{pair}", f"pair-{pair}", float(value)]
         for (model, metric), by_seed in correct.items()
         for seed, values in zip(profile.seeds, by_seed, strict=True)
         for pair, value in enumerate(values)
     ]
-    write_csv(profile.results / "metrics" / "reward_pairs.csv", "model,metric,seed,id,correct", rows)
+    write_csv(profile.results / "metrics" / "reward_pairs.csv", "model,metric,seed,id,prompt,correct", rows)
 
 
 def write_figa_data(profile: Profile, pairs: int) -> None:

@@ -312,12 +312,20 @@ def test_a_base_model_without_a_chat_template_gets_the_profiles(tmp_path, make_m
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     save_model(make_model(vocab_size=len(bare)), bare, tmp_path / "published")
-    section = yaml.safe_load((ROOT / "reproduce" / "profiles" / "paper" / "params.yaml").read_text())["base_model"]
-    section |= {"name": str(tmp_path / "published")}
+    params = yaml.safe_load((ROOT / "reproduce" / "profiles" / "paper" / "params.yaml").read_text())
+    section = params["base_model"] | {"name": str(tmp_path / "published")}
     build_pretrained(PretrainedConfig(**section), tmp_path / "base")
     saved = load_tokenizer(tmp_path / "base")
     text = saved.decode(encode_prompt(saved, "where is the cat?"), skip_special_tokens=False)
     assert text.endswith("appropriately completes the request.\n\n### Instruction:\nwhere is the cat?\n\n### Response:")
+    # The source's prompt goes into the template, which brings Alpaca's text: it must not bring it too.
+    from fgalign.sources.alpaca_farm import AlpacaFarmConfig
+    from fgalign.sources.hub import instruction_prompt
+
+    source = {key: value for key, value in params["source"].items() if key != "name"}
+    prompt = instruction_prompt("Name it.", "A cat.", AlpacaFarmConfig(**source).prompt_style)
+    text = saved.decode(encode_prompt(saved, prompt), skip_special_tokens=False)
+    assert text.count("### Instruction:") == text.count("### Response:") == 1 and "Name it.\n\nA cat." in text
 
 
 def test_rows_in_batches() -> None:

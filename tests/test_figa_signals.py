@@ -67,6 +67,26 @@ def test_unit(tokenizer):
     assert sum(label_by_unit(tokenizer, a, b, "word").revised) > sum(label_by_unit(tokenizer, a, b, "token").revised)
 
 
+def test_words_of_a_tokenizer_whose_decoder_drops_the_first_space():
+    """LLaMA's: alone, each of its tokens decodes without the space before it, and all words would be one."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "</s>", *"▁Theyservlousf.a", "▁They", "▁serve", "▁lous", "y", "▁food", "▁fine", "▁a"]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    core = Tokenizer(models.Unigram([(piece, -1.0 if len(piece) > 1 else -9.0) for piece in vocabulary], unk_id=0))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    llama = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    ids = encode_response(llama, "They serve lousy food.")
+    assert [llama.convert_ids_to_tokens(token) for token in ids[:4]] == ["▁They", "▁serve", "▁lous", "y"]
+    assert llama.decode(ids[1:2]) == "serve"
+    assert token_texts(llama, ids) == [" They", " serve", " lous", "y", " food", ".", "</s>"]
+    assert token_texts(llama, ids, skip_special_tokens=True)[-1] == ""
+    labels = label_by_unit(llama, ids, encode_response(llama, "They serve fine food."), "word")
+    assert labels.initial == [0, 0, -1, -1, 0, 0, 0] and labels.revised == [0, 0, 1, 0, 0, 0]
+
+
 # --- pure functions ---------------------------------------------------------------------------------------------------
 
 

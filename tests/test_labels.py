@@ -15,6 +15,7 @@ from fgalign.labels import (
     label_edits,
     label_statistics,
     label_words,
+    with_tokens_changed,
     word_numbers,
 )
 
@@ -178,7 +179,7 @@ def test_texts_to_pairs(tokenizer):
         assert any(getattr(pair, f"{side}_labels"))
 
 
-def test_different_texts_with_the_same_tokens(tokenizer):
+def test_different_texts_with_the_same_tokens(tokenizer, capsys):
     class Lower:
         """A tokenizer that ignores case, as uncased ones do."""
 
@@ -191,6 +192,11 @@ def test_different_texts_with_the_same_tokens(tokenizer):
     edit = Edit(id="e7", prompt="p", initial="The cat", revised="the cat")
     with pytest.raises(InputError, match="edit 'e7': initial and revised are different texts but the same tokens"):
         label_edits(Lower(), [edit], LabelConfig())
+    # The stages leave such edits out and say how many.
+    other = edit.model_copy(update={"id": "e8", "revised": "a cat"})
+    assert with_tokens_changed(Lower(), [edit, other], "train") == [other]
+    assert "train: 1 of 2 edits left out: other texts, but the same tokens" in capsys.readouterr().out
+    assert with_tokens_changed(tokenizer, [edit, other]) == [edit, other] and not capsys.readouterr().out
 
 
 def test_statistics():

@@ -594,6 +594,14 @@ def answer_edits(edits):
     return reply
 
 
+def test_outer_white_space_of_a_response_is_no_edit(server, options):
+    """Else the first token, which holds the space, would be labelled in every pair."""
+    pair = preference("a", " the a cat.\n")
+    server.reply = lambda request, number: "<edited>\nthe red cat.\n</edited>"
+    found = annotate(RawSplit(preferences=[pair]), LLMAnnotatorConfig(**options), "train")
+    assert [(edit.initial, edit.revised) for edit in found] == [(" the a cat.\n", " the red cat.\n")]
+
+
 def test_minimal_edits(server, options, capsys):
     split = RawSplit(preferences=[preference(id_, f"the {id_} cat") for id_ in ("a", "b", "c", "d")])
     server.reply = answer_edits(

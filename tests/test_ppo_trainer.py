@@ -374,6 +374,31 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_trainer):
         close(results[1][name], value, 1e-5)
 
 
+def test_gradient_checkpointing_of_a_value_model(make_trainer, make_model):
+    calls = []
+    for checkpointing in (False, True):
+        critic = make_model(3, "token", num_labels=1)
+        trainer = make_trainer(
+            count, critic=critic, value_model="separate", gradient_checkpointing=checkpointing, updates=1
+        )
+        forwards = []
+        critic.model.layers[0].input_layernorm.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
+        experience, _ = trainer.make_experience(trainer.sample(PROMPTS[:8]))
+        forwards.clear()
+        trainer.update(experience)
+        calls.append(len(forwards))
+    assert calls == [4, 8]
+
+
+def test_dropout_of_a_layer_itself_is_off_with_gradient_checkpointing(make_trainer, make_model):
+    """As in OPT, whose layers apply dropout by their own flag, which checkpointing needs to be that of training."""
+    model = make_model(0)
+    trainer = make_trainer(count, model=model, gradient_checkpointing=True, updates=1)
+    model.model.layers[0].dropout = 0.1
+    trainer.step(1)
+    assert model.model.layers[0].training and model.model.layers[0].dropout == 0.0
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_dropout_is_off(make_trainer, make_model, adapter):
     # Dropout would make the old policy differ from itself; the first ratios must be 1.
@@ -625,7 +650,7 @@ def test_reused_sampling_saves_the_pass(make_trainer, monkeypatch):
 
 
 def test_reused_sampling_needs_the_policy_itself(make_trainer, monkeypatch):
-    monkeypatch.setattr("fgalign.ppo_trainer.choose_engine", lambda name: "vllm")
+    monkeypatch.setattr("fgalign.ppo_trainer.choose_engine", lambda name, own: "vllm")
     with pytest.raises(ConfigError, match="reuse_sampling: expected one process and rollout_engine 'transformers'"):
         make_trainer(reuse_sampling=True)
 
@@ -723,6 +748,16 @@ def test_lora(make_trainer, make_model, tmp_path):
     close(response_logps(load_causal_lm(saved), rollout)[mask].detach(), after)
 
 
+@pytest.mark.parametrize("options", [{"ref_model": None}, {}, {"advantage": "group", "group_size": 2}])
+def test_an_adapter_goes_on_training_after_the_policy_is_saved(make_trainer, tmp_path, options):
+    plain = trained(make_trainer(count, peft_config=lora(), updates=2, **options))
+    trainer = make_trainer(count, peft_config=lora(), updates=2, **options)
+    trainer._callbacks.append(lambda trainer, update: trainer.save_model(tmp_path / f"update-{update}"))
+    assert same(plain, trained(trainer))
+    saved = [response_logps(load_causal_lm(tmp_path / f"update-{n}"), fixed_rollout()).detach() for n in range(3)]
+    assert not torch.equal(saved[0], saved[1]) and not torch.equal(saved[1], saved[2])
+
+
 def test_saved_policy(make_trainer, tmp_path):
     trainer = make_trainer(count)
     trainer.train()
@@ -739,7 +774,28 @@ def test_reference_stays(make_trainer, make_model):
         assert torch.equal(value, expected)
 
 
+def test_a_second_training_keeps_the_rewards_factor(make_trainer):
+    trainer = make_trainer(count)
+    trainer.train()
+    factor = trainer.reward_factor
+    trainer.train()
+    assert trainer.reward_factor == factor != 1.0
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_models_that_would_not_learn_are_refused(make_trainer, make_model):
+    model = make_model(0)
+    for adapter in (None, lora()):
+        with pytest.raises(ConfigError, match="ref_model: expected another object than model, or the KL is always 0"):
+            make_trainer(model=model, ref_model=model, peft_config=adapter)
+    with pytest.raises(
+        ConfigError, match=r"expected float32 for every parameter that is trained, found torch.bfloat16"
+    ):
+        make_trainer(model=make_model(0).bfloat16())
+    # What is not trained may be small: an adapter over a model in bf16.
+    make_trainer(model=make_model(0).bfloat16(), peft_config=lora())
 
 
 @pytest.mark.parametrize(

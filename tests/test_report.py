@@ -349,6 +349,47 @@ def test_overoptimisation_by_hand(profile):
         build_figure(profile, "overoptimisation")
 
 
+def test_pairs_about_one_prompt_count_as_one_item(profile):
+    """Three prompts with 2, 1 and 1 pairs; by hand: accuracy 2/4, values of the prompts
+    1/2 + 3/4 * (0.5 + 0.5), 1/2 - 3/4 * 0.5, the same: 1.25, 0.125, 0.125."""
+    from fgalign.report.inputs import read_reward_pairs
+
+    made_up.write_reward_pairs(profile, {("rm_edit", "accuracy_edit"): [[1, 1, 0, 0]] * 3})
+    path = profile.results / "metrics" / "reward_pairs.csv"
+    assert read_reward_pairs(profile, "rm_edit", "accuracy_edit").items == [f"pair-{n}" for n in range(4)]
+    path.write_text(path.read_text().replace("pair-1,pair-1", "pair-1,pair-0"))
+    grid = read_reward_pairs(profile, "rm_edit", "accuracy_edit")
+    assert grid.items == ["pair-0", "pair-2", "pair-3"]
+    assert grid.values["correct"].tolist() == [[1.25, 0.125, 0.125]] * 3
+    # Alike in every seed, so Student's interval over three prompts: 50 +- 4.303 * 37.5, cut off.
+    cell = tables._accuracy("xu_reward_models", "rm_edit", "accuracy_edit", grid)
+    assert (cell.mean, cell.low, cell.high) == (50.0, 0.0, 100.0)
+
+
+def test_a_source_without_marks_of_flaws_or_references_of_the_pairs(profile):
+    """As AlpacaFarm: the tables show what there is."""
+    from fgalign.report import inputs
+
+    folder = profile.results / "metrics"
+    (folder / "label_quality.json").write_text("{}")
+    assert inputs.read_label_quality(profile) == {}
+    rows = [["a", side, seed, 0.5, 7, 0] for side in ("initial", "revised") for seed in profile.seeds]
+    made_up.write_csv(folder / "figa_data.csv", "id,side,seed,reward,tokens,edit_distance", rows)
+    assert list(inputs.read_figa_data(profile)) == ["initial", "revised"]
+    example = {"id": "a", "prompt": "p", "response_tokens": ["x", "y"], "labels": [0, -1], "rewards": [0.1, 0.2]}
+    (folder / "token_examples.json").write_text(json.dumps([example]))
+    assert inputs.read_token_examples(profile)[0]["gold"] == [False, False]
+
+
+def test_a_token_metric_that_a_seed_lacks_is_left_out(profile):
+    from fgalign.report.inputs import read_reward_models
+
+    rows = [["rm_token", "accuracy_edit", seed, 0.75] for seed in profile.seeds]
+    rows += [["rm_token", "token_precision", profile.seeds[0], 0.5]]
+    made_up.write_csv(profile.results / "metrics" / "reward_models.csv", "model,metric,seed,value", rows)
+    assert list(read_reward_models(profile, ["rm_token"])["rm_token"]) == ["accuracy_edit"]
+
+
 def test_credit_by_hand(profile):
     # Sums over two answers a seed: weight 1 + 2 of 4 + 6 is 30%; flawed tokens 1 + 1 of 10 + 10 are 10%.
     rows = [

@@ -127,7 +127,7 @@ def test_ppo_trains_the_same_with_an_engine_that_has_its_weights(make_model, ids
             return engine(llm, weights)
 
         monkeypatch.setattr(ppo_trainer, "start_vllm", start)
-        monkeypatch.setattr(ppo_trainer, "choose_engine", lambda name: name)
+        monkeypatch.setattr(ppo_trainer, "choose_engine", lambda name, own: name)
         plain = ppo_trainer.uniforms
         # The stand-in draws with the trainer's random numbers, so that the answers are comparable.
         monkeypatch.setattr(
@@ -153,6 +153,38 @@ def test_ppo_trains_the_same_with_an_engine_that_has_its_weights(make_model, ids
     assert [key for key, _ in syncs[0].given] == 2 * names
 
 
+def test_a_prompt_that_leaves_no_room_is_refused():
+    found = VLLMEngine(
+        Stub([]), lambda **options: options, lambda: [], torch.device("cpu"), eos_token_id=EOS, pad_token_id=PAD,
+        max_length=6,
+    )  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"vllm_max_length: expected at least 7 \(a prompt of 3 tokens, a response of 4"
+    ):
+        found.sample([[2], [3, 4, 5]], torch.zeros(2, 4), 1.0)
+
+
+def test_vllm_in_a_single_process_finds_what_a_launcher_would_have_set(monkeypatch):
+    import os
+    import sys
+
+    from fgalign.rollout_engine import start_vllm
+
+    asked = {}
+    stand_in = SimpleNamespace(LLM=lambda **options: asked.update(options), SamplingParams=None)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    started = start_vllm(
+        "m", lambda: [], torch.device("cpu"), max_length=10, memory=0.2, eos_token_id=EOS, pad_token_id=PAD
+    )
+    assert started.max_length == asked["max_model_len"] == 10 and asked["max_num_batched_tokens"] == 4096
+    assert [os.environ[name] for name in names[:4]] == ["0", "0", "1", "127.0.0.1"]
+    assert int(os.environ["MASTER_PORT"]) > 0
+
+
 def test_choose_engine(monkeypatch):
     import fgalign.rollout_engine as rollout_engine
 
@@ -164,5 +196,7 @@ def test_choose_engine(monkeypatch):
         choose_engine("vllm")
     found["spec"] = object()
     assert choose_engine("auto") == choose_engine("vllm") == "vllm"
+    # Where the trainer's own policy has to sample, `auto` does not choose what would be refused.
+    assert choose_engine("auto", own=True) == "transformers" and choose_engine("vllm", own=True) == "vllm"
     found["gpu"] = False
     assert choose_engine("auto") == "transformers"

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fgalign.errors import ConfigError
 
 DEFAULT_PROFILE = "mini"
+SECRETS = ("key", "api_key", "apikey", "token", "api_token", "access_token", "auth_token", "secret", "password")
 
 
 class Section(BaseModel):
@@ -93,7 +94,9 @@ def parse_section(value: Any, kind: type[S], where: str) -> S:
         known = ""
         if first["type"] == "extra_forbidden":
             known = f"; known keys: {', '.join(_inner(kind, first['loc'][:-1]).model_fields)}"
-        found = "" if first["type"] == "missing" else f", found {first.get('input')!r}"
+        # What stands under an unknown key may be a secret.
+        silent = first["type"] in ("missing", "extra_forbidden")
+        found = "" if silent else f", found {first.get('input')!r}"
         raise ConfigError(f"{where}.{key}: {first['msg']}{found}{known}") from None
 
 
@@ -105,6 +108,19 @@ def _inner(kind: type[BaseModel], keys: Sequence[int | str]) -> type[BaseModel]:
             models = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
             kind = next((part for part in models if issubclass(part, BaseModel)), kind)
     return kind
+
+
+def _refuse_secrets(value: Any, where: str) -> None:
+    """Raise ConfigError, without the text, where a text stands under a name such as ``api_key``: what a profile holds
+    is copied into files, tables and tracked runs."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in pairs:
+        if isinstance(inner, str) and str(name).lower() in SECRETS:
+            raise ConfigError(
+                f"{where}: {name}: a secret must not stand in a profile: export it as an environment variable, whose "
+                "name an LLM's section takes as `key_variable`"
+            )
+        _refuse_secrets(inner, f"{where}: {name}")
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -131,7 +147,7 @@ def load_profile(name: str | None = None, root: Path | None = None) -> Profile:
     """Load a profile by name; without one, that of the environment variable ``FGALIGN_PROFILE``, or ``mini``.
 
     Raises:
-        ConfigError: no such profile, or its file is not YAML.
+        ConfigError: no such profile, its file is not YAML, or a key that is a secret stands in it.
     """
     import yaml
 
@@ -147,4 +163,5 @@ def load_profile(name: str | None = None, root: Path | None = None) -> Profile:
     found = params.get("profile") if isinstance(params, dict) else params
     if found != name:
         raise ConfigError(f"{path}: profile: expected {name!r}, found {found!r}")
+    _refuse_secrets(params, str(path))
     return Profile(name=name, root=root, params=params, file=path)

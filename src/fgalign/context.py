@@ -74,6 +74,10 @@ class Context:
         """Whether to compute in bf16."""
         return use_bf16(self.runtime, self.device)
 
+    def autocast(self) -> torch.autocast:
+        """A context that computes in bf16 where the runtime does; for scoring, which no trainer wraps."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
     def _file(self, kind: str, split: str) -> Path:
         over = self.overlay and self.overlay / kind / f"{split}.jsonl"
         return over if over and over.exists() else self.profile.data / kind / f"{split}.jsonl"

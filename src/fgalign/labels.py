@@ -111,17 +111,29 @@ def label_bag_of_words(initial: Sequence[int], revised: Sequence[int]) -> tuple[
     )
 
 
+def with_tokens_changed(tokenizer: Any, edits: Sequence[Edit], where: str = "edits") -> list[Edit]:
+    """The edits that change a token; how many do not, because the tokenizer normalises the change away (accents written
+    in two ways, say), is printed under the name ``where``."""
+    kept = [
+        edit for edit in edits if encode_response(tokenizer, edit.initial) != encode_response(tokenizer, edit.revised)
+    ]
+    if len(kept) < len(edits):
+        print(f"{where}: {len(edits) - len(kept)} of {len(edits)} edits left out: other texts, but the same tokens")
+    return kept
+
+
 def label_edits(tokenizer: Any, edits: list[Edit], config: LabelConfig) -> list[LabelledPair]:
     """Edits as labelled pairs of token ids.
 
     Raises:
-        InputError: two different texts have the same tokens, so that nothing is left to label.
+        InputError: two different texts have the same tokens, so that nothing is left to label
+            (``with_tokens_changed`` leaves such edits out).
     """
     pairs = []
     for edit in edits:
         initial, revised = encode_response(tokenizer, edit.initial), encode_response(tokenizer, edit.revised)
         if initial == revised:
-            raise InputError(f"edit {edit.id!r}: initial and revised are different texts but the same tokens; drop it")
+            raise InputError(f"edit {edit.id!r}: initial and revised are different texts but the same tokens")
         labels = label_by_unit(tokenizer, initial, revised, config.unit)
         pairs.append(
             LabelledPair(

@@ -10,9 +10,9 @@
 ``reward`` takes a ``Rollout`` and returns shape (B,) or (B, T). How rewards enter, exactly:
 
 1. A sequence score is placed at the response's last token; token rewards stay where they are. Both are multiplied by
-   one constant: 1 / (standard deviation of a response's total reward over ``calibration_prompts`` responses of the
-   reference policy), with ``reward_scale="reference_std"``; nothing is subtracted, so that token rewards gain no bonus
-   for length.
+   one constant: 1 / (standard deviation of a response's total reward over responses of the policy before training, to
+   the first ``calibration_prompts`` prompts or all there are), with ``reward_scale="reference_std"``; nothing is
+   subtracted, so that token rewards gain no bonus for length.
 2. A response cut off by the length budget gets ``-missing_eos_penalty`` at its last token. It ends the episode as the
    end-of-sequence token does: no value is bootstrapped.
 3. With ``whiten_rewards`` the rewards of the batch are divided by their standard deviation (mean kept).
@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgalign.core.modeling import attend_in_float32, check_compiler, full_state, save_model
+from fgalign.core.modeling import attend_in_float32, check_compiler, check_float32, full_state, is_sharded, save_model
 from fgalign.core.rollout import Recorder, Rollout, response_logps, uniforms
 from fgalign.core.tensor_ops import entropy, gae, masked_mean, masked_sum, position_ids, tempered, token_logps, whiten
 from fgalign.distributed import (
@@ -126,6 +126,8 @@ class FineGrainedPPOConfig:
     """What samples: ``transformers``, ``vllm``, or ``auto``: vLLM where it is installed and there is a GPU."""
     vllm_memory: float = 0.3
     """Share of a GPU's memory that vLLM may take."""
+    vllm_max_length: int | None = None
+    """Longest prompt and response together that vLLM has to serve, in tokens (None: that of ``train_dataset``)."""
     learning_rate: float = 1e-5
     value_learning_rate: float | None = None
     """Learning rate of the value head or value model (None: the same)."""
@@ -356,11 +358,12 @@ class FineGrainedPPOTrainer:
     """PPO with a reward a sequence or a token (see the module's text).
 
     Args:
-        model: causal LM to align, in float32.
-        ref_model: the reference policy, kept as it is; with ``peft_config`` it may be None: then it is the model with
-            its adapter switched off.
-        reward: see the module's text; of several rows no reward may depend on another row. A ``model`` that the
-            function carries as an attribute is put on the device, and sharded where the policy is.
+        model: causal LM to align; what is trained of it in float32 (``dtype=torch.float32`` when it is loaded).
+        ref_model: the reference policy, another object than ``model``, kept as it is; with ``peft_config`` it may be
+            None: then it is the model with its adapter switched off.
+        reward: see the module's text; of several rows no reward may depend on another row. It may return its tensor on
+            any device. A ``model`` that the function carries as an attribute is put on the trainer's device, and
+            sharded where the policy is.
         args: the configuration.
         train_dataset: prompts as lists of token ids.
         processing_class: tokenizer; gives the ids of padding and end of sequence.
@@ -393,6 +396,9 @@ class FineGrainedPPOTrainer:
         if (args.value_model == "separate") != (value_model is not None):
             given = "none" if value_model is None else "one"
             raise ConfigError(f"value_model: {args.value_model!r} in args, but {given} given")
+        if ref_model is model:
+            # An adapter goes into the model itself, so this holds with ``peft_config`` too.
+            raise ConfigError("ref_model: expected another object than model, or the KL is always 0; load it twice")
         if ref_model is None and peft_config is None:
             raise ConfigError("ref_model: None works only with peft_config, where the adapter can be switched off")
         if len(train_dataset) < args.rollout_batch_size // args.group_size:
@@ -405,8 +411,10 @@ class FineGrainedPPOTrainer:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for each in filter(None, (model, value_model)):
+            check_float32(each)
+            if args.gradient_checkpointing:
+                each.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.args = args
         self.accelerator = Accelerator(cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "no")
         check_supported(self.accelerator, adapter=peft_config is not None)
@@ -425,7 +433,8 @@ class FineGrainedPPOTrainer:
             raise ConfigError(f"compile: expected false on {processes} processes, found true")
         if args.compile:
             check_compiler(self.accelerator.device)
-        if args.reuse_sampling and (processes > 1 or choose_engine(args.rollout_engine) != "transformers"):
+        self._engine_name = choose_engine(args.rollout_engine, own=args.use_cpu or peft_config is not None)
+        if args.reuse_sampling and (processes > 1 or self._engine_name != "transformers"):
             raise ConfigError("reuse_sampling: expected one process and rollout_engine 'transformers'")
         # Without dropout the ratio of the new to the old policy is 1 before the first step.
         both = PolicyWithValue(model, value_model, has_values=args.advantage == "gae").eval()
@@ -442,7 +451,7 @@ class FineGrainedPPOTrainer:
             reward.model.compile()
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.ref_model = shard_frozen(ref_model, self.accelerator) if ref_model is not None else None
-        if processes > 1 and hasattr(reward, "model"):
+        if isinstance(getattr(reward, "model", None), nn.Module):
             shard_frozen(reward.model, self.accelerator)
         self.kl_controller = (
             FixedKLController(args.kl_coef)
@@ -452,6 +461,7 @@ class FineGrainedPPOTrainer:
         self._generator = torch.Generator().manual_seed(args.seed)
         self._order = self._prompt_order()
         self.reward_factor = 1.0
+        self._calibrated = False
         self.engine = self._start_engine()
         self._weights_changed = True
         self.response_tokens = 0
@@ -470,8 +480,9 @@ class FineGrainedPPOTrainer:
         return self.accelerator.unwrap_model(self.model).policy
 
     def train(self) -> None:
-        """Run all updates."""
-        self.reward_factor = self._calibrate()
+        """Run all updates. The rewards' factor stays that of the first call."""
+        if not self._calibrated:
+            self.reward_factor, self._calibrated = self._calibrate(), True
         self._call_back(0)
         for update in range(1, self.args.updates + 1):
             statistics = self.step(update)
@@ -603,7 +614,8 @@ class FineGrainedPPOTrainer:
             last = number == len(pieces) - 1
             # DeepSpeed takes its step in the backward pass, and asks this whether to.
             self.accelerator.sync_gradients = last
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            # With sharded weights each pass has its gradients reduced too: kept until the last, they would be whole.
+            with nullcontext() if last or is_sharded(self.accelerator) else self.accelerator.no_sync(self.model):
                 losses, share = self._micro_losses(experience, piece.to(self.device), total)
                 # Processes' gradients are averaged, so each multiplies by their number.
                 loss = (losses["policy/loss"] + args.value_coef * losses["value/loss"]) * share
@@ -678,7 +690,7 @@ class FineGrainedPPOTrainer:
 
     def _score(self, rollout: Rollout) -> Tensor:
         with self.accelerator.autocast():
-            rewards = self.reward(rollout).float()
+            rewards = self.reward(rollout).to(self.device).float()
         if rewards.shape not in (rollout.truncated.shape, rollout.response_mask.shape):
             raise TrainingError(
                 f"reward: expected shape {tuple(rollout.truncated.shape)} (one score a response) or "
@@ -722,12 +734,16 @@ class FineGrainedPPOTrainer:
 
     def _checkpoint_layers(self) -> None:
         """Put the layers that recompute into training mode, without which transformers keeps their activations; their
-        parts stay in evaluation mode, without dropout."""
+        parts stay in evaluation mode, without dropout, and so that they have none themselves their own is set to 0."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         for module in self.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = self.args.gradient_checkpointing
+            if isinstance(module, GradientCheckpointingLayer) and self.args.gradient_checkpointing:
+                module.training = True
+                # OPT's layers, for one, apply dropout by their own flag.
+                for name in ("dropout", "activation_dropout", "attention_dropout"):
+                    if isinstance(getattr(module, name, None), float):
+                        setattr(module, name, 0.0)
 
     def _set_learning_rate(self, update: int) -> None:
         args = self.args
@@ -754,7 +770,7 @@ class FineGrainedPPOTrainer:
 
     def _start_engine(self) -> RolloutEngine:
         ids = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
-        if choose_engine(self.args.rollout_engine) == "transformers":
+        if self._engine_name == "transformers":
             return TransformersEngine(
                 lambda: self.policy,
                 lambda: gathered(self.model, self.accelerator),
@@ -770,7 +786,7 @@ class FineGrainedPPOTrainer:
             policy.name_or_path,
             lambda: full_parameters(policy, self.accelerator),
             self.device,
-            max_length=max(map(len, self.prompts)) + self.args.response_length,
+            max_length=self.args.vllm_max_length or max(map(len, self.prompts)) + self.args.response_length,
             memory=self.args.vllm_memory,
             **ids,
         )

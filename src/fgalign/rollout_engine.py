@@ -10,6 +10,7 @@ vLLM has not been run here: ``VLLMEngine`` is tested against a stand-in for vLLM
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
@@ -35,8 +36,9 @@ class RolloutEngine(Protocol):
         """One response to each prompt of at most T tokens; ``uniform`` (B, T) in [0, 1) is all its randomness."""
 
 
-def choose_engine(name: str) -> str:
-    """``transformers`` or ``vllm``; ``auto`` is vLLM where it is installed and there is a GPU.
+def choose_engine(name: str, own: bool = False) -> str:
+    """``transformers`` or ``vllm``; ``auto`` is vLLM where it is installed and there is a GPU, unless the trainer's own
+    policy has to sample (``own``: on the CPU, or with an adapter).
 
     Raises:
         ConfigError: vLLM is asked for and is not installed.
@@ -44,7 +46,8 @@ def choose_engine(name: str) -> str:
     if name == "vllm" and find_spec("vllm") is None:
         raise ConfigError("rollout_engine: 'vllm' asked for, but it is not installed; install vllm, or use 'auto'")
     if name == "auto":
-        return "vllm" if find_spec("vllm") is not None and torch.cuda.is_available() else "transformers"
+        ready = not own and find_spec("vllm") is not None and torch.cuda.is_available()
+        return "vllm" if ready else "transformers"
     return name
 
 
@@ -106,6 +109,7 @@ class VLLMEngine:
         sampling_params: vLLM's ``SamplingParams``.
         weights: gives name and full value of each of the policy's parameters, in transformers' names.
         device: where rollouts go.
+        max_length: longest prompt and response together that ``llm`` serves, in tokens (None: any).
     """
 
     def __init__(
@@ -117,8 +121,10 @@ class VLLMEngine:
         *,
         eos_token_id: int,
         pad_token_id: int,
+        max_length: int | None = None,
     ) -> None:
         self.llm, self.sampling_params, self.weights, self.device = llm, sampling_params, weights, device
+        self.max_length = max_length
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
 
     def sync(self) -> None:
@@ -132,9 +138,16 @@ class VLLMEngine:
         """One response to each prompt; the first random number of a row is the seed of its request.
 
         Raises:
+            ConfigError: a prompt leaves no room for the response, which vLLM would cut off without a word.
             TrainingError: vLLM gave up a request, or gave more tokens than asked for.
         """
         budget = uniform.shape[1]
+        longest = max(map(len, prompts)) + budget
+        if self.max_length is not None and longest > self.max_length:
+            raise ConfigError(
+                f"vllm_max_length: expected at least {longest} (a prompt of {longest - budget} tokens, a response of "
+                f"{budget}), found {self.max_length}"
+            )
         params = [
             self.sampling_params(
                 n=1,
@@ -185,6 +198,10 @@ def start_vllm(
     """
     # One process for vLLM and the trainer, so that weights can be handed over.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if "RANK" not in os.environ:
+        # What `accelerate launch` would have set, which vLLM's launcher for a process that is already there reads.
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -194,7 +211,17 @@ def start_vllm(
         distributed_executor_backend="external_launcher",
         gpu_memory_utilization=memory,
         max_model_len=max_length,
+        # vLLM sets its memory aside by the largest batch of prompt tokens, of which the default is far too large.
+        max_num_batched_tokens=max(4096, max_length or 0),
         generation_config="vllm",
         skip_tokenizer_init=True,
     )
-    return VLLMEngine(llm, SamplingParams, weights, device, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+    ids = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    return VLLMEngine(llm, SamplingParams, weights, device, max_length=max_length, **ids)
+
+
+def free_port() -> int:
+    """A port of the loopback address that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

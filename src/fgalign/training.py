@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from fgalign.config import Section
 from fgalign.core.modeling import attend_in_float32, compile_layers, full_state, is_sharded, save_model
 from fgalign.errors import ConfigError, TrainingError
-from fgalign.parallel import is_main_process, progress
+from fgalign.parallel import is_main_process, process_count, progress
 from fgalign.tracking import Run
 
 # Named for the transformers that is installed: newer ones warn of the old name. Always passed, as TRL's default is on.
@@ -93,7 +94,13 @@ def trainer_arguments(optim: OptimConfig, *, output_dir: Path, seed: int, device
         # What ``train`` stops by and returns: the attention masks of all training batches, summed.
         "include_num_input_tokens_seen": "non_padding",
         _CHECKPOINTING: optim.gradient_checkpointing,
+        # With FSDP each pass of a step has its gradients reduced: kept until the last, they would be whole on each GPU.
+        **({"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}} if _uses_fsdp() else {}),
     }
+
+
+def _uses_fsdp() -> bool:
+    return process_count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
 def peft_config(optim: OptimConfig, task_type: str) -> Any:

@@ -59,7 +59,9 @@ def annotate(split: RawSplit, config: LLMAnnotatorConfig, split_name: Split) -> 
     for (id_, values), text in zip(tasks, revised, strict=True):
         initial = values["response"]
         if text is not None and text != initial.strip():
-            edits.append(Edit(id=id_, prompt=values["prompt"], initial=initial, revised=text))
+            # The parser drops outer white space; what the response had is no edit.
+            lead, trail = initial[: -len(initial.lstrip())], initial[len(initial.rstrip()) :]
+            edits.append(Edit(id=id_, prompt=values["prompt"], initial=initial, revised=f"{lead}{text}{trail}"))
             changed += Levenshtein.normalized_distance(initial.split(), text.split())
     unchanged = sum(text is not None for text in revised) - len(edits)
     share = f"; an edit changes {changed / len(edits):.1%} of the words on average" if edits else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import gc
 import os
 import platform
 import shutil
@@ -51,6 +53,9 @@ def set_up(config: RuntimeConfig) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Looking for a GPU must not start CUDA here: with ``workers`` above 1, forked processes do.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if process_count() == 1 and config.device != "cpu":
+        # One process has one GPU. transformers would spread a batch over all that it sees, which TRL refuses.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -189,18 +194,39 @@ def _float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Ten
     return output.to(query.dtype), weights
 
 
+def check_float32(model: nn.Module) -> None:
+    """Raise ConfigError where a parameter that is trained is not float32: smaller types round small steps away, and
+    ``bf16`` computes in bf16 with float32 weights all the same."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ConfigError(
+                f"model: expected float32 for every parameter that is trained, found {parameter.dtype} for {name}; "
+                "load the model with dtype=torch.float32 (`bf16` computes in bf16 all the same)"
+            )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back a GPU's memory of what is no longer used: trainers hold themselves in a circle, which Python clears
+    only now and then."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
-    """Save model (a LoRA adapter merged into it) and tokenizer as safetensors and JSON.
+    """Save model (a LoRA adapter merged into a copy of it) and tokenizer as safetensors and JSON; the model can go on
+    training.
 
     ``state``: the model's full weights, where the model itself holds a part of them (``full_state``).
     """
     if state is None and hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
+        # Merging takes the adapter out of the model, and taking it back out of the weights would leave rounding there.
+        model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     tokenizer.save_pretrained(folder)
 

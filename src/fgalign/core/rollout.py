@@ -219,7 +219,7 @@ def _said(
     """Log-probability of the drawn token, value of the state before it, and entropy of its distribution: (B,) each."""
     scaled = tempered(logits, temperature)
     logps = token_logps(scaled, drawn)
-    values = torch.zeros_like(logps) if value_head is None else value_head(hidden).squeeze(-1).float()
+    values = torch.zeros_like(logps) if value_head is None else value_head(hidden.float()).squeeze(-1).float()
     return logps, values, entropy(scaled)
 
 

@@ -38,10 +38,14 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Text of each token for showing, white space kept; the texts joined give the response where tokens are whole
-    characters."""
-    return [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False) -> list[str]:
+    """Text of each token, white space kept; the texts joined give the response where tokens are whole characters (with
+    the space before it that some tokenizers put there). ``skip_special_tokens``: theirs is empty."""
+    # Behind another token, because decoders such as LLaMA's drop the space before the first one.
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    before = len(tokenizer.decode(anchor, **options))
+    return [tokenizer.decode([*anchor, token], **options)[before:] for token in ids]
 
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, response: str) -> list[tuple[int, int]]:

@@ -35,6 +35,18 @@ def gold_types(tokenizer: Any, text: str, marks: GoldMarks) -> list[set[str]]:
     return kinds
 
 
+def gold_types_of(tokenizer: Any, edits: Sequence[Edit], marks: Mapping[str, GoldMarks]) -> list[list[set[str]]]:
+    """``gold_types`` of the initial response of each edit; ``marks`` by the edits' ids.
+
+    Raises:
+        InputError: an edit has no marks, or they are about another text.
+    """
+    for edit in edits:
+        if edit.id not in marks:
+            raise InputError(f"edit {edit.id!r} has no gold marks of its initial response; make the raw data again")
+    return [gold_types(tokenizer, edit.initial, marks[edit.id]) for edit in edits]
+
+
 def label_quality(
     tokenizer: Any, edits: Sequence[Edit], pairs: Sequence[LabelledPair], marks: Mapping[str, GoldMarks]
 ) -> dict[str, Any]:
@@ -49,12 +61,10 @@ def label_quality(
     labels: list[bool] = []
     kinds: list[set[str]] = []
     own: list[int] = []
-    for number, (edit, pair) in enumerate(zip(edits, pairs, strict=True)):
-        if edit.id not in marks:
-            raise InputError(f"edit {edit.id!r} has no gold marks of its initial response; make the raw data again")
+    for number, (types, pair) in enumerate(zip(gold_types_of(tokenizer, edits, marks), pairs, strict=True)):
         found = [label == BAD for label in pair.initial_labels[:-1]]
         labels += found
-        kinds += gold_types(tokenizer, edit.initial, marks[edit.id])[:-1]
+        kinds += types[:-1]
         own += [number] * len(found)
     label, truth = np.array(labels, dtype=bool), np.array([bool(kind) for kind in kinds], dtype=bool)
     every = np.ones(label.size)

@@ -149,6 +149,8 @@ class FIGATrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        # One process trains on one GPU: the columns that reach the output layer are not rows that could be scattered.
+        self.args._n_gpu = min(self.args.n_gpu, 1)
         # The loss is normalised here, over the whole step; the parent must not divide it by the accumulation again
         # (older transformers ask the second attribute).
         self.loss_is_scaled_for_ga = True
@@ -351,10 +353,11 @@ def pair_rewards(pairs: list[LabelledPair], context: Context, config: Config) ->
 
     reward = load_reward(config.needs, context.model(config.needs), context.device)
     prompts = [pair.prompt_ids for pair in pairs]
-    initial, revised = (
-        score_responses(reward, prompts, sides, context.tokenizer, config.score_batch_size, context.device)
-        for sides in ([pair.initial_ids for pair in pairs], [pair.revised_ids for pair in pairs])
-    )
+    with context.autocast():
+        initial, revised = (
+            score_responses(reward, prompts, sides, context.tokenizer, config.score_batch_size, context.device)
+            for sides in ([pair.initial_ids for pair in pairs], [pair.revised_ids for pair in pairs])
+        )
     return initial, revised
 
 
@@ -393,9 +396,11 @@ def token_scores(pairs: list[LabelledPair], context: Context, config: Config) ->
         responses = [getattr(pair, f"{side}_ids") for pair in pairs]
         prompts = [pair.prompt_ids for pair in pairs]
         row = iter(columns)
-        for rewards, rollout in raw_rewards(
-            reward, prompts, responses, tokenizer.pad_token_id, config.score_batch_size, context.device
-        ):
+        with context.autocast():
+            batches = raw_rewards(
+                reward, prompts, responses, tokenizer.pad_token_id, config.score_batch_size, context.device
+            )
+        for rewards, rollout in batches:
             if rewards.dim() != 2:
                 raise ConfigError(
                     f"methods.{context.stage}.scorer: expected a token-level reward model, found {config.scorer!r}, "

@@ -77,8 +77,7 @@ class CurveRecorder:
             rows = slice(start, start + size)
             rollout = trainer.sample(self.encoded[rows], self.uniform[rows])
             mask = rollout.response_mask
-            rewards = trainer.by_rows(rollout, lambda part: trainer.reward(part).float())
-            scores = response_scores(rewards, mask).tolist()
+            scores = response_scores(trainer.score(rollout), mask).tolist()
             kl = masked_sum(trainer.logps(rollout) - trainer.ref_logps(rollout), mask, 1).tolist()
             learned = self._advantages(trainer, rollout)
             answers = zip(self.prompts[rows], rollout.response_lists(), scores, kl, learned, strict=True)
@@ -141,6 +140,7 @@ def run(context: Context, config: Config) -> None:
                 seed=context.seed,
                 bf16=context.bf16,
                 use_cpu=context.device.type == "cpu",
+                vllm_max_length=config.max_length,
                 **trainer_config,
             ),
             train_dataset=encoded["train"][1],

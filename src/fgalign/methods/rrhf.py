@@ -125,10 +125,11 @@ def candidate_rows(context: Context, config: Config) -> list[dict[str, Any]]:
         return rows
     reward = load_reward(config.needs, context.model(config.needs), context.device)
     prompts = [row["prompt_ids"] for row in rows]
-    sides = [
-        score_responses(reward, prompts, responses, tokenizer, config.score_batch_size, context.device).tolist()
-        for responses in ([row["responses"][side] for row in rows] for side in (0, 1))
-    ]
+    with context.autocast():
+        sides = [
+            score_responses(reward, prompts, responses, tokenizer, config.score_batch_size, context.device).tolist()
+            for responses in ([row["responses"][side] for row in rows] for side in (0, 1))
+        ]
     return [{**row, "scores": list(scores)} for row, *scores in zip(rows, *sides, strict=True)]
 
 

@@ -184,7 +184,8 @@ def same_items(grids: dict[str, Grid], path: Callable[[str], Path | str]) -> Non
 
 
 def read_figa_data(profile: Profile) -> dict[str, Grid]:
-    """Reward, tokens and edit distance per pair, for each of the sides initial, revised and reference."""
+    """Reward, tokens and edit distance per pair, for each of the sides initial, revised and, where prompts of the pairs
+    have one, reference."""
     path, writer = metrics_path(profile, "figa_data.csv"), "the stage that scores FIGA's data"
     columns = ("reward", "tokens", "edit_distance")
     sides: dict[str, dict[tuple[int, str], list[float]]] = {side: {} for side in SIDES}
@@ -197,13 +198,16 @@ def read_figa_data(profile: Profile) -> dict[str, Grid]:
         sides[row["side"]][key] = [number(row[name], path, line, name) for name in columns]
     grids = {}
     for side, cells in sides.items():
+        if side == "reference" and not cells:
+            continue
         check_seeds({seed for seed, _ in cells}, profile.seeds, f"{path} ({side})", writer)
         grids[side] = _grid(cells, profile.seeds, list(columns), path, writer)
     return grids
 
 
 def read_reward_models(profile: Profile, required: list[str], name: str = "reward_models.csv") -> PerSeed:
-    """``model -> metric -> value per seed`` of ``name``, the required models first."""
+    """``model -> metric -> value per seed`` of ``name``, the required models first. A metric of tokens that some seed
+    has no value for (a model without a negative reward has no precision) is left out."""
     path, writer = metrics_path(profile, name), "the stage that evaluates the reward models"
     cells: dict[tuple[str, str], dict[int, float]] = {}
     for line, row in enumerate(read_rows(path, ("model", "metric", "seed", "value"), writer), start=2):
@@ -215,15 +219,37 @@ def read_reward_models(profile: Profile, required: list[str], name: str = "rewar
         models[model] = {
             metric: _by_seed(profile, values, f"{path} ({model}, {metric})", writer)
             for (name, metric), values in cells.items()
-            if name == model
+            if name == model and not (metric.startswith("token_") and set(values) < set(profile.seeds))
         }
     return models
 
 
 def read_reward_pairs(profile: Profile, model: str, metric: str) -> Grid:
-    """Whether a reward model ranks each held-out pair rightly (1, a tie 0.5, else 0); the column is ``correct``."""
+    """Whether a reward model ranks each held-out pair rightly (1, a tie 0.5, else 0); the column is ``correct``.
+
+    Pairs about one prompt share responses and are not independent, so where prompts have several the items are prompts:
+    with N pairs of P prompts and the accuracy a, the value of a prompt is a + P/N times the sum of (correct - a) over
+    its pairs, whose mean is a and whose spread is that of the ratio estimator of cluster sampling (Cochran 1977,
+    section 6). It may lie outside 0 to 1.
+    """
+    import numpy as np
+
     path, writer = metrics_path(profile, "reward_pairs.csv"), "the stage that evaluates the reward models"
-    return read_grid(path, profile.seeds, ("correct",), writer, where={"model": model, "metric": metric})
+    where = {"model": model, "metric": metric}
+    grid = read_grid(path, profile.seeds, ("correct",), writer, where=where)
+    prompts = {
+        row["id"]: row["prompt"]
+        for row in read_rows(path, ("id", "prompt", *where), writer)
+        if all(row[name] == value for name, value in where.items())
+    }
+    names = list(dict.fromkeys(prompts[item] for item in grid.items))
+    if len(names) == len(grid.items):
+        return grid
+    of_prompt = np.array([[prompts[item] == name for item in grid.items] for name in names], dtype=float)
+    correct = grid.values["correct"]
+    mean = correct.mean(axis=1, keepdims=True)
+    values = mean + (correct - mean) @ of_prompt.T * len(names) / len(grid.items)
+    return Grid(grid.seeds, names, {"correct": values})
 
 
 def read_token_intervals(profile: Profile) -> dict[tuple[str, str], tuple[float, float]]:
@@ -392,6 +418,8 @@ def read_label_quality(profile: Profile) -> dict[str, dict[str, list[float]]]:
     """
     path = metrics_path(profile, "label_quality.json")
     quality = dict(read_json(path))
+    if not quality:  # a source without marks of flaws
+        return {}
     by_type = quality.pop("by_type", {})
     rows = {}
     for kind, values in {"all": quality, **by_type}.items():
@@ -407,18 +435,18 @@ def read_label_quality(profile: Profile) -> dict[str, dict[str, list[float]]]:
 
 
 def read_token_examples(profile: Profile) -> list[dict]:
-    """Test answers with a label, a gold mark and a reward per token, for the coloured figure."""
+    """Test answers with a label, a gold mark (none where the source has no truth) and a reward per token, for the
+    coloured figure."""
     path = metrics_path(profile, "token_examples.json")
     examples = read_json(path)
     if not isinstance(examples, list) or not examples:
         raise InputError(f"{path}: expected a list of examples; run the stage that writes it again")
     for index, example in enumerate(examples):
-        missing = [
-            key for key in ("id", "prompt", "response_tokens", "labels", "gold", "rewards") if key not in example
-        ]
+        missing = [key for key in ("id", "prompt", "response_tokens", "labels", "rewards") if key not in example]
         if missing:
             raise InputError(f"{path}: example {index}: {missing[0]} is missing; found {_join(example)}")
         length = len(example["response_tokens"])
+        example.setdefault("gold", [False] * length)
         for key in ("labels", "gold", "rewards"):
             if len(example[key]) != length:
                 raise InputError(f"{path}: example {index}: {length} tokens but {len(example[key])} {key}")

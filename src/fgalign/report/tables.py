@@ -343,7 +343,7 @@ def credit(profile: Profile) -> list[Cell]:
 
 def xu_reward_models(profile: Profile) -> list[Cell]:
     """Accuracy of each reward model on held-out pairs, and of the token models on single tokens; intervals over seeds
-    and pairs, or seeds and responses (``statistics.Parts``)."""
+    and pairs (prompts, where they have several pairs), or seeds and responses (``statistics.Parts``)."""
     name = "xu_reward_models"
     models = inputs.read_reward_models(profile, report_config(profile).reward_models)
     intervals = inputs.read_token_intervals(profile)
@@ -351,8 +351,7 @@ def xu_reward_models(profile: Profile) -> list[Cell]:
     for model, metrics in models.items():
         for metric, values in metrics.items():
             if metric in PAIR_SHARES:
-                grid = inputs.read_reward_pairs(profile, model, metric)
-                cells.append(_crossed(name, model, metric, grid, "correct", PERCENT, UNIT_RANGE))
+                cells.append(_accuracy(name, model, metric, inputs.read_reward_pairs(profile, model, metric)))
                 continue
             scale = PERCENT if metric in SHARES else 1.0
             bounds = [scale * value for value in intervals.get((model, metric), ())] or [None, None]
@@ -610,6 +609,17 @@ def _crossed(
         )
     interval = crossed_interval(grid.values[column], bounds=bounds)
     return _cell(table, method, metric, [scale * value for value in interval], grid.seeds)
+
+
+def _accuracy(table: str, model: str, metric: str, grid: Grid) -> Cell:
+    """The accuracy of a reward model, of ``inputs.read_reward_pairs``."""
+    from fgalign.evaluation.statistics import crossed_interval
+
+    values = grid.values["correct"]
+    inside = values.min() >= UNIT_RANGE[0] and values.max() <= UNIT_RANGE[1]
+    interval = crossed_interval(values, bounds=UNIT_RANGE if inside else None)
+    low, high = max(interval.low, UNIT_RANGE[0]), min(interval.high, UNIT_RANGE[1])
+    return _cell(table, model, metric, [PERCENT * value for value in (interval.mean, low, high)], grid.seeds)
 
 
 def _share(table: str, row: str, metric: str, values: ArrayLike, seeds: Sequence[int]) -> Cell:

@@ -58,12 +58,13 @@ def reward_function(model: Any, level: str, discrete: bool = False) -> RewardFun
         found = "one score a response" if level == "sequence" else "one output a token"
         raise ConfigError(f"discrete: expected a reward model with classes of tokens, found one with {found}")
     model.eval()
+    model.config.use_cache = False  # nothing is sampled from it, and a cache of keys and values takes memory
 
     @torch.no_grad()
     def reward(rollout: Rollout) -> Tensor:
         return sequence_rewards(model, rollout) if level == "sequence" else token_rewards(model, rollout, discrete)
 
-    reward.model = model  # for a trainer that shards it
+    reward.model = model  # for a trainer that moves or shards it
     return reward
 
 

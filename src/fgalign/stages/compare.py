@@ -137,9 +137,8 @@ def run_credit(profile: Profile, methods: Sequence[str]) -> None:
             for sample in read_records(path, CurveSample):
                 if sample.advantages is None:
                     raise InputError(f"{path}: id {sample.id!r} has no advantages; train with `curve.advantages: true`")
-                flawed = flawed_tokens(
-                    token_texts(tokenizer, sample.token_ids), gold_spans(sample.prompt, sample.response)
-                )
+                texts = token_texts(tokenizer, sample.token_ids, skip_special_tokens=True)
+                flawed = flawed_tokens(texts, gold_spans(sample.prompt, sample.response))
                 weights = [abs(value) for value in sample.advantages[: len(flawed)]]
                 rows.append(
                     {
@@ -158,8 +157,10 @@ def run_credit(profile: Profile, methods: Sequence[str]) -> None:
 
 
 def flawed_tokens(texts: Sequence[str], spans: Sequence[Any]) -> list[bool]:
-    """Whether each token, given by its text, overlaps a flawed span of the joined text in more than white space."""
-    flags, start = [], 0
+    """Whether each token, given by its text, overlaps a flawed span in more than white space. Spans are those of the
+    joined text without its outer white space."""
+    joined = "".join(texts)
+    flags, start = [], len(joined.lstrip()) - len(joined)
     for text in texts:
         places = [start + offset for offset, letter in enumerate(text) if not letter.isspace()]
         flags.append(any(span.start <= place < span.end for place in places for span in spans))

@@ -10,7 +10,7 @@ from fgalign.core.raw_data import read_split, write_raw
 from fgalign.core.schema import SPLITS, Edit, read_records, write_records
 from fgalign.errors import InputError
 from fgalign.io import atomic_dir, write_json
-from fgalign.labels import LabelConfig, label_edits, label_statistics
+from fgalign.labels import LabelConfig, label_edits, label_statistics, with_tokens_changed
 from fgalign.sources import get_source
 from fgalign.tracking import track
 
@@ -58,7 +58,8 @@ def run_labels(profile: Profile) -> None:
     statistics = {}
     with atomic_dir(profile.data / "labels") as folder, track(profile, "labels", None, config.model_dump()) as run:
         for split in ("train", "validation"):
-            pairs = label_edits(tokenizer, read_records(profile.data / "edits" / f"{split}.jsonl", Edit), config)
+            edits = read_records(profile.data / "edits" / f"{split}.jsonl", Edit)
+            pairs = label_edits(tokenizer, with_tokens_changed(tokenizer, edits, split), config)
             write_records(folder / f"{split}.jsonl", pairs)
             statistics[split] = label_statistics(pairs)
             run.log({f"{split}/{name}": value for name, value in statistics[split].items()})

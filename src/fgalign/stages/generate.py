@@ -54,7 +54,7 @@ class Answerer:
         """One answer of the policy in ``folder`` to each prompt, decoded as its ``decoding.json`` says."""
         import torch
 
-        from fgalign.core.modeling import load_causal_lm, use_bf16
+        from fgalign.core.modeling import load_causal_lm, release_memory, use_bf16
         from fgalign.core.rollout import response_logps
         from fgalign.core.tensor_ops import masked_sum
         from fgalign.core.tokens import decode_response
@@ -63,9 +63,8 @@ class Answerer:
         from fgalign.rewards import load_reward, response_scores
 
         profile, config, device, tokenizer = self.profile, self.config, self.device, self.tokenizer
+        # One model at a time (best-of-n: two), so that what trains on a GPU can also be evaluated there.
         policy = load_causal_lm(folder, device).eval()
-        reference = load_causal_lm(profile.model_folder("sft", seed), device).eval()
-        rewards = {name: load_reward(name, profile.model_folder(name, seed), device) for name in REWARD_MODELS}
         decoding = read_decoding(folder)
         prefix = tokenizer(decoding.prefix, add_special_tokens=False)["input_ids"]
         chooser = None
@@ -94,15 +93,35 @@ class Answerer:
                 prefix=prefix,
                 progress=bar.update,
             )
-            records, prompts = iter(self.references), iter(self.prompts)
+            del chooser
+            prompts = iter(self.prompts)
+            logps = []
             for rollout in draws.batches:
-                mask = rollout.response_mask
                 seen = rollout
                 if prefix:
-                    seen = with_prompts(rollout, [[*next(prompts), *prefix] for _ in mask], tokenizer.pad_token_id)
-                ratios = response_logps(policy, seen, warmth) - response_logps(reference, rollout, warmth)
-                kl = (masked_sum(ratios, mask, 1) + best_of_n_kl(decoding.best_of)).tolist()
-                scores = {name: response_scores(reward(rollout), mask).tolist() for name, reward in rewards.items()}
+                    behind = [[*next(prompts), *prefix] for _ in rollout.response_mask]
+                    seen = with_prompts(rollout, behind, tokenizer.pad_token_id)
+                logps.append(response_logps(policy, seen, warmth))
+            del policy
+            release_memory(device)
+            reference = load_causal_lm(profile.model_folder("sft", seed), device).eval()
+            gained = best_of_n_kl(decoding.best_of)
+            kls = [
+                (masked_sum(own - response_logps(reference, seen, warmth), seen.response_mask, 1) + gained).tolist()
+                for own, seen in zip(logps, draws.batches, strict=True)
+            ]
+            del reference
+            scores: dict[str, list[list[float]]] = {}
+            for name in REWARD_MODELS:
+                release_memory(device)
+                reward = load_reward(name, profile.model_folder(name, seed), device)
+                scores[name] = [
+                    response_scores(reward(rollout), rollout.response_mask).tolist() for rollout in draws.batches
+                ]
+                del reward
+            release_memory(device)
+            records = iter(self.references)
+            for batch, (rollout, kl) in enumerate(zip(draws.batches, kls, strict=True)):
                 for row, ids in enumerate(rollout.response_lists()):
                     record = next(records)
                     samples.append(
@@ -114,7 +133,7 @@ class Answerer:
                             tokens=len(ids),
                             truncated=bool(rollout.truncated[row]),
                             kl=round(kl[row], 6),
-                            rewards={name: round(values[row], 6) for name, values in scores.items()},
+                            rewards={name: round(values[batch][row], 6) for name, values in scores.items()},
                         )
                     )
         return samples

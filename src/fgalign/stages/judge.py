@@ -84,16 +84,19 @@ def run_curves(profile: Profile, methods: Sequence[str]) -> None:
 
 
 def run_label_quality(profile: Profile) -> None:
-    """label_quality: minimal-edit labels of the test edits' bad tokens against the truth; ``label_quality.json``."""
+    """label_quality: minimal-edit labels of the test edits' bad tokens against the truth; ``label_quality.json``, empty
+    where the source marks no flaws."""
     from fgalign.core.modeling import load_tokenizer
     from fgalign.evaluation.labels import label_quality
-    from fgalign.labels import LabelConfig, label_edits
+    from fgalign.labels import LabelConfig, label_edits, with_tokens_changed
 
     tokenizer = load_tokenizer(profile.model_folder("base"))
-    edits = read_records(profile.data / "edits" / "test.jsonl", Edit)
+    edits = with_tokens_changed(tokenizer, read_records(profile.data / "edits" / "test.jsonl", Edit), "test")
     pairs = label_edits(tokenizer, edits, profile.section("labels", LabelConfig))
     marks = initial_marks(profile.data / "gold" / "test")
-    quality = label_quality(tokenizer, edits, pairs, marks)
+    quality = label_quality(tokenizer, edits, pairs, marks) if marks else {}
+    if not marks:
+        print("test: the source marks no flaws, so that labels have no truth to be compared with")
     with track(profile, "label_quality", None, {}) as run:
         run.log({key: value for key, value in quality.items() if isinstance(value, float)})
     write_json(profile.results / "metrics" / "label_quality.json", quality)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fgalign.config import Profile
 from fgalign.core.raw_data import read_split
-from fgalign.core.schema import Edit, read_records
+from fgalign.core.schema import Edit, Preference, read_records
 from fgalign.evaluation.config import REWARD_MODELS, EvaluationConfig
 from fgalign.evaluation.truth import initial_marks, read_truth
 from fgalign.io import write_csv, write_json
@@ -21,9 +21,9 @@ TOKEN_AUROC = "token_auroc"
 
 def run_reward_models(profile: Profile) -> None:
     """reward_models: accuracy of every reward model on held-out pairs (``reward_models.csv``; pair by pair
-    ``reward_pairs.csv``), token metrics against the truth (their intervals over seeds and responses:
-    ``token_intervals.csv``), rewards of initial, revised and reference responses (``figa_data.csv``), examples for the
-    picture (``token_examples.json``)."""
+    ``reward_pairs.csv``, where ``prompt`` is the first id about the same prompt), token metrics against the truth
+    (their intervals over seeds and responses: ``token_intervals.csv``), rewards of initial, revised and reference
+    responses (``figa_data.csv``), examples for the picture (``token_examples.json``)."""
 
     from fgalign.core.tokens import encode_response
     from fgalign.labels import label_edit
@@ -47,9 +47,9 @@ def run_reward_models(profile: Profile) -> None:
             token_rewards = scores.token_rewards or token_rewards
             parts |= {(name, metric): part for metric, part in scores.parts.items()}
             ranks += [
-                {"model": name, "metric": metric, "seed": seed, "id": key, "correct": value}
+                {"model": name, "metric": metric, "seed": seed, "id": key, "prompt": prompt, "correct": value}
                 for metric, values in scores.correct.items()
-                for key, value in zip(held_out.ids[metric], values, strict=True)
+                for (key, prompt), value in zip(held_out.ids[metric], values, strict=True)
             ]
             if name == "rm_preference":
                 for row, (edit, pair) in enumerate(zip(edits, pairs, strict=True)):
@@ -63,7 +63,8 @@ def run_reward_models(profile: Profile) -> None:
                     for edit, pair in zip(edits, pairs, strict=True)
                     if edit.prompt in references
                 ]
-                values = held_out.score(
+                # Edits may all be about other prompts than those with a reference (AlpacaFarm's are).
+                values = with_reference and held_out.score(
                     reward, [p.prompt_ids for _, p, _ in with_reference], [ids for *_, ids in with_reference]
                 )
                 figa += [
@@ -131,31 +132,30 @@ class RewardScores(NamedTuple):
 
 
 class HeldOut:
-    """Test preferences and test edits (the first ``evaluation.pairs`` of each) with the truth about the edits' initial
-    responses, to measure reward models with."""
+    """Test preferences and test edits (the first ``evaluation.pairs`` of each), to measure reward models with, and the
+    truth about the edits' initial responses, ``kinds`` and ``truth``, which are empty where the source has none."""
 
     def __init__(self, profile: Profile) -> None:
-        from fgalign.core.modeling import RuntimeConfig, load_tokenizer, seed_workers, set_up
+        from fgalign.core.modeling import RuntimeConfig, load_tokenizer, seed_workers, set_up, use_bf16
         from fgalign.core.tokens import encode_prompt, encode_response
-        from fgalign.evaluation.labels import gold_types
-        from fgalign.labels import LabelConfig, label_edits
+        from fgalign.evaluation.labels import gold_types_of
+        from fgalign.labels import LabelConfig, label_edits, with_tokens_changed
 
         self.profile = profile
         self.config = profile.section("evaluation", EvaluationConfig)
         runtime = profile.section("runtime", RuntimeConfig)
         self.device = set_up(runtime)
+        self.bf16 = use_bf16(runtime, self.device)
         self.workers = seed_workers(runtime, self.device)
         self.tokenizer = load_tokenizer(profile.model_folder("base"))
         preferences = read_split(profile.data / "raw" / "test").preferences[: self.config.pairs]
-        self.edits = read_records(profile.data / "edits" / "test.jsonl", Edit)[: self.config.pairs]
+        edits = read_records(profile.data / "edits" / "test.jsonl", Edit)
+        self.edits = with_tokens_changed(self.tokenizer, edits, "test")[: self.config.pairs]
         self.pairs = label_edits(self.tokenizer, self.edits, profile.section("labels", LabelConfig))
         marks = initial_marks(profile.data / "gold" / "test")
-        self.kinds = [gold_types(self.tokenizer, edit.initial, marks[edit.id]) for edit in self.edits]
+        self.kinds = gold_types_of(self.tokenizer, self.edits, marks) if marks else []
         self.truth = [[bool(kinds) for kinds in row] for row in self.kinds]
-        self.ids = {
-            "accuracy_preference": [record.id for record in preferences],
-            "accuracy_edit": [edit.id for edit in self.edits],
-        }
+        self.ids = {"accuracy_preference": by_prompt(preferences), "accuracy_edit": by_prompt(self.edits)}
         self.preference_prompts = [encode_prompt(self.tokenizer, record.prompt) for record in preferences]
         self.chosen_ids = [encode_response(self.tokenizer, record.chosen) for record in preferences]
         self.rejected_ids = [encode_response(self.tokenizer, record.rejected) for record in preferences]
@@ -170,12 +170,18 @@ class HeldOut:
         """One score a response, (N,)."""
         from fgalign.rewards.scoring import score_responses
 
-        return score_responses(reward, prompts, responses, self.tokenizer, self.config.batch_size, self.device)
+        with self._autocast():
+            return score_responses(reward, prompts, responses, self.tokenizer, self.config.batch_size, self.device)
+
+    def _autocast(self) -> Any:
+        import torch
+
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def measure(self, reward: Any, level: str) -> RewardScores:
-        """Accuracy on preferences and on edits; at the level ``token`` also AUROC, precision and recall of negative
-        rewards against the truth about the tokens of initial responses, and as ``token_auroc:<kind>`` the AUROC of
-        tokens with each kind of flaw against those without any."""
+        """Accuracy on preferences and on edits; at the level ``token``, with a truth, also AUROC, precision and recall
+        of negative rewards against the truth about the tokens of initial responses, and as ``token_auroc:<kind>`` the
+        AUROC of tokens with each kind of flaw against those without any."""
         from fgalign.rewards.scoring import raw_rewards
 
         prompts = [pair.prompt_ids for pair in self.pairs]
@@ -188,14 +194,17 @@ class HeldOut:
         metrics = {metric: sum(values) / len(values) for metric, values in correct.items()}
         if level != "token":
             return RewardScores(metrics, correct, {}, initial, revised, [])
-        batches = raw_rewards(
-            reward, prompts, initial_ids, self.tokenizer.pad_token_id, self.config.batch_size, self.device
-        )
+        with self._autocast():
+            batches = raw_rewards(
+                reward, prompts, initial_ids, self.tokenizer.pad_token_id, self.config.batch_size, self.device
+            )
         token_rewards = [
             row[mask].tolist()
             for rewards, rollout in batches
             for row, mask in zip(rewards, rollout.response_mask.cpu(), strict=True)
         ]
+        if not self.kinds:
+            return RewardScores(metrics, correct, {}, initial, revised, token_rewards)
         # The end token belongs to no word, so it has no truth.
         parts = token_parts([row[:-1] for row in token_rewards], [row[:-1] for row in self.kinds])
         metrics |= {name: part.value for name, part in parts.items()}
@@ -243,6 +252,12 @@ def token_intervals(by_seed: Sequence[dict[tuple[str, str], Parts]]) -> list[dic
     return rows
 
 
+def by_prompt(records: Sequence[Preference | Edit]) -> list[tuple[str, str]]:
+    """The id of each record, and that of the first record about the same prompt: those are not independent."""
+    first: dict[str, str] = {}
+    return [(record.id, first.setdefault(record.prompt, record.id)) for record in records]
+
+
 def ranked(better: Any, worse: Any) -> list[float]:
     """For each pair 1 where the better response scores higher, 0.5 for a tie, 0 otherwise: (N,), (N,) to N numbers."""
     return ((better > worse).double() + 0.5 * (better == worse).double()).tolist()
@@ -280,7 +295,7 @@ def _examples(
             "prompt": edits[row].prompt,
             "response_tokens": token_texts(tokenizer, pairs[row].initial_ids[:-1]),
             "labels": pairs[row].initial_labels[:-1],
-            "gold": truth[row][:-1],
+            **({"gold": truth[row][:-1]} if truth else {}),
             "rewards": [round(value, 4) for value in rewards[row][:-1]],
         }
         for row in range(min(count, len(edits)))

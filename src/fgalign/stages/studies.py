@@ -17,7 +17,7 @@ from fgalign.core.modeling import RuntimeConfig, seed_everything, seed_workers, 
 from fgalign.core.schema import Edit, read_records, write_records
 from fgalign.errors import InputError
 from fgalign.io import atomic_dir
-from fgalign.labels import LabelConfig, label_edits
+from fgalign.labels import LabelConfig, label_edits, with_tokens_changed
 from fgalign.parallel import each_seed
 from fgalign.stages.train import align, train_reward_model
 from fgalign.study import Candidate, candidates, edits_file, get_study, search_section
@@ -94,6 +94,7 @@ def _learn_from(edits: list[Edit], context: Context, method: str) -> None:
     """Put labels of these edits, and a reward model trained on them, over those of the pipeline."""
     profile, overlay = context.profile, context.overlay
     assert overlay is not None
+    edits = with_tokens_changed(context.tokenizer, edits, context.stage)
     pairs = label_edits(context.tokenizer, edits, profile.section("labels", LabelConfig))
     write_records(overlay / "labels" / "train.jsonl", pairs)
     write_records(overlay / "edits" / "train.jsonl", edits)

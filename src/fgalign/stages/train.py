@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from fgalign.config import Profile, Section, parse_section
 from fgalign.context import Context
-from fgalign.core.modeling import RuntimeConfig, seed_everything, seed_workers, set_up, use_bf16
+from fgalign.core.modeling import RuntimeConfig, release_memory, seed_everything, seed_workers, set_up, use_bf16
 from fgalign.core.raw_data import read_split
 from fgalign.errors import ConfigError
 from fgalign.io import write_json
@@ -37,6 +37,7 @@ def train_seeds(profile: Profile, stage: str, config: Section, train: Callable[[
                 train(context)
                 if context.spent:
                     write_json(out / "budget.json", context.spent)
+            release_memory(device)
 
         each_seed(profile.seeds, one, seed_workers(runtime, device))
 
