@@ -81,6 +81,17 @@ def test_bad_file(root, text, message):
         load_profile("mini", root)
 
 
+@pytest.mark.parametrize("name", ["api_key", "Token", "password"])
+def test_a_secret_in_a_profile_is_refused_before_anything_reads_it(root, name):
+    path = root / "params.yaml"
+    path.write_text(f"profile: mini\nannotator:\n  other: [{{{name}: sk-123}}]\n")
+    with pytest.raises(ConfigError, match=rf"params\.yaml: annotator: other: 0: {name}: a secret must not") as error:
+        load_profile("mini", root)
+    assert "sk-123" not in str(error.value)
+    path.write_text("profile: mini\nannotator: {key_variable: MY_KEY, max_tokens: 4, token: null}\n")
+    assert load_profile("mini", root).params["annotator"]["max_tokens"] == 4
+
+
 def test_missing_section(root):
     with pytest.raises(ConfigError, match=r"params\.yaml: section `sft` is missing; expected name, count, inner"):
         load_profile("mini", root).section("sft", Outer)
@@ -91,6 +102,8 @@ def test_missing_section(root):
     [
         ({"name": "x", "cuont": 4}, r"^here\.cuont: .*found 4; known keys: name, count, inner$"),
         ({"name": "x", "inner": {"rat": 4}}, r"^here\.inner\.rat: .*found 4; known keys: rate$"),
+        # A text there may be a secret.
+        ({"name": "x", "pass": "abc"}, r"^here\.pass: Extra inputs are not permitted; known keys: name, count, inner$"),
         ({"name": "x", "count": "many"}, r"^here\.count: .*integer.*found 'many'$"),
         ({"count": 1}, r"^here\.name: Field required$"),
         ([1], r"^here\.\(section\): .*found \[1\]$"),

@@ -24,7 +24,7 @@ from fgalign.report.index import Stage, row_source, run_names, write_index
 from fgalign.report.paper import build_paper, compile_typst, paper_inputs
 from fgalign.report.reported import Reported, verdict
 from fgalign.report.style import METHODS, SPARE_MARKERS, method_styles, metric_style, row_label
-from fgalign.report.tables import TABLES, blocks, build_table, table_paths
+from fgalign.report.tables import TABLES, _accuracy, blocks, build_table, table_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -362,7 +362,7 @@ def test_pairs_about_one_prompt_count_as_one_item(profile):
     assert grid.items == ["pair-0", "pair-2", "pair-3"]
     assert grid.values["correct"].tolist() == [[1.25, 0.125, 0.125]] * 3
     # Alike in every seed, so Student's interval over three prompts: 50 +- 4.303 * 37.5, cut off.
-    cell = tables._accuracy("xu_reward_models", "rm_edit", "accuracy_edit", grid)
+    cell = _accuracy("xu_reward_models", "rm_edit", "accuracy_edit", grid)
     assert (cell.mean, cell.low, cell.high) == (50.0, 0.0, 100.0)
 
 
@@ -371,6 +371,7 @@ def test_a_source_without_marks_of_flaws_or_references_of_the_pairs(profile):
     from fgalign.report import inputs
 
     folder = profile.results / "metrics"
+    folder.mkdir(parents=True)
     (folder / "label_quality.json").write_text("{}")
     assert inputs.read_label_quality(profile) == {}
     rows = [["a", side, seed, 0.5, 7, 0] for side in ("initial", "revised") for seed in profile.seeds]

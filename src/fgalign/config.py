@@ -94,8 +94,8 @@ def parse_section(value: Any, kind: type[S], where: str) -> S:
         known = ""
         if first["type"] == "extra_forbidden":
             known = f"; known keys: {', '.join(_inner(kind, first['loc'][:-1]).model_fields)}"
-        # What stands under an unknown key may be a secret.
-        silent = first["type"] in ("missing", "extra_forbidden")
+        # A text under an unknown key may be a secret.
+        silent = first["type"] == "missing" or (first["type"] == "extra_forbidden" and isinstance(first["input"], str))
         found = "" if silent else f", found {first.get('input')!r}"
         raise ConfigError(f"{where}.{key}: {first['msg']}{found}{known}") from None
 
