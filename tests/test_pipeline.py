@@ -515,6 +515,46 @@ def test_the_search_chooses_the_candidate_that_wins_most(known_world) -> None:
     assert [row["chosen"] for row in rows] == (["1", "0"] if wins[0] >= wins[1] else ["0", "1"])
 
 
+def test_reward_models_of_a_source_without_truth(known_world, monkeypatch, capsys) -> None:
+    """As AlpacaFarm: no marks of flaws, and references of other prompts than the edits'."""
+    from types import SimpleNamespace
+
+    from fgalign.stages import judge, reward_models
+
+    written = {}
+    for module in (reward_models, judge):
+        monkeypatch.setattr(module, "initial_marks", lambda folder: {})
+        monkeypatch.setattr(module, "write_json", lambda path, value: written.update({path.name: value}))
+    monkeypatch.setattr(reward_models, "read_truth", lambda folder: SimpleNamespace(references=[]))
+    monkeypatch.setattr(reward_models, "write_csv", lambda path, rows, *_: written.update({path.name: rows}))
+    reward_models.run_reward_models(known_world)
+    judge.run_label_quality(known_world)
+    usual = rows_of(known_world.results / "metrics" / "reward_models.csv")
+    kept = [row for row in usual if row["metric"].startswith("accuracy_")]
+    assert [
+        {**row, "seed": str(row["seed"]), "value": str(row["value"])} for row in written["reward_models.csv"]
+    ] == kept
+    assert {row["side"] for row in written["figa_data.csv"]} == {"initial", "revised"}
+    assert written["token_intervals.csv"] == [] and written["label_quality.json"] == {}
+    assert "rewards" in written["token_examples.json"][0] and "gold" not in written["token_examples.json"][0]
+    assert "the source marks no flaws" in capsys.readouterr().out
+    # Prompts of the world have one pair each.
+    assert all(row["prompt"] == row["id"] for row in written["reward_pairs.csv"])
+
+
+def test_flawed_tokens_lie_where_the_stripped_text_has_them() -> None:
+    from types import SimpleNamespace
+
+    from fgalign.stages.compare import flawed_tokens
+
+    # The truth is about "we are rude", the response as it is shown, without the space that the first token brings.
+    texts = [" we", " are", "", " rude"]
+    span = SimpleNamespace(start=7, end=11)
+    assert "we are rude"[span.start : span.end] == "rude"
+    assert flawed_tokens(texts, [span]) == [False, False, False, True]
+    assert flawed_tokens(texts, [SimpleNamespace(start=0, end=2)]) == [True, False, False, False]
+
+
 def test_credit_and_overoptimisation_read_what_was_recorded(known_world) -> None:
     rows = rows_of(known_world.results / "metrics" / "credit.csv")
     assert {row["reward"] for row in rows} == {"rm_preference", "rm_edit", "rm_token"}
