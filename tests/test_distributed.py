@@ -107,6 +107,11 @@ def test_accelerate_reads_every_configuration_and_its_command_names_it(path: Pat
     assert f"--config_file reproduce/accelerate/{path.name} " in path.read_text(encoding="utf-8")
 
 
+def test_deepspeed_leaves_the_accumulation_to_each_stage() -> None:
+    """transformers refuses a number of passes here that is not the stage's own."""
+    assert "gradient_accumulation_steps" not in yaml.safe_load((CONFIGS / "zero3.yaml").read_text())["deepspeed_config"]
+
+
 def test_several_nodes_differ_from_one_in_the_nodes_alone() -> None:
     one, two = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("fsdp", "fsdp_multi_node"))
     changed = {"num_machines", "num_processes", "main_process_ip", "main_process_port"}
@@ -122,6 +127,8 @@ def test_the_slurm_script_is_bash_and_runs_every_training_stage() -> None:
     text = script.read_text(encoding="utf-8")
     params = yaml.safe_load((ROOT / "reproduce" / "profiles" / "paper" / "params.yaml").read_text(encoding="utf-8"))
     assert f"for method in {' '.join(params['methods'])}; do stage align" in text
+    # srun does not take over the processor cores of sbatch, and would leave one to 8 processes.
+    assert text.index("export SRUN_CPUS_PER_TASK=") < text.index("srun --")
     assert set(re.findall(r"reproduce/accelerate/\w+\.yaml", text)) <= {
         f"reproduce/accelerate/{path.name}" for path in CONFIGS.iterdir()
     }

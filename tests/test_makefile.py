@@ -173,3 +173,14 @@ def test_licence_and_citation():
     assert {"title", "message", "authors"} <= citation.keys()
     arxiv = [reference["identifiers"][0]["value"] for reference in citation["references"]]
     assert arxiv == ["arXiv:2311.04072", "arXiv:2406.02756"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "setup"),
+    [("mini", "setup"), ("human", "setup-human"), ("human-gpu", "setup-human"), ("paper", "setup")],
+)
+def test_profiles_on_smollm2_install_it(profile, setup):
+    printed = subprocess.run(
+        ["make", "-pn", f"PROFILE={profile}", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert re.search(r"^SETUP := (.*)$", printed, re.MULTILINE)[1] == setup
