@@ -734,7 +734,7 @@ class FineGrainedPPOTrainer:
 
     def _checkpoint_layers(self) -> None:
         """Put the layers that recompute into training mode, without which transformers keeps their activations; their
-        parts stay in evaluation mode, without dropout, and so that they have none themselves their own is set to 0."""
+        parts stay in evaluation mode, without dropout, and dropout of the layers' own is set to 0."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         for module in self.model.modules():
