@@ -207,8 +207,9 @@ def check_float32(model: nn.Module) -> None:
 
 def release_memory(device: torch.device) -> None:
     """Give back a GPU's memory of what is no longer used: trainers hold themselves in a circle, which Python clears
-    only now and then."""
+    only now and then, and autocast keeps its copies of weights until its context ends."""
     if device.type == "cuda":
+        torch.clear_autocast_cache()
         gc.collect()
         torch.cuda.empty_cache()
 
