@@ -10,6 +10,7 @@ import pytest
 
 from fgalign.config import Profile, load_profile
 from fgalign.errors import ConfigError
+from fgalign.evaluation.config import EvaluationConfig
 from fgalign.plan import (
     Architecture,
     PlanSection,
@@ -19,6 +20,7 @@ from fgalign.plan import (
     cache_bytes,
     check_shapes,
     decode_seconds,
+    estimate_generate,
     estimate_ppo,
     estimate_trainer,
     report,
@@ -39,8 +41,8 @@ POLICY, REWARD = Sizes(2920, 656, 2), Sizes(2128, 656, 2)
 PLAN = PlanSection(
     architecture=TINY,
     data={
-        "demonstrations": 10, "preferences": 10, "edits": 10, "figa_pairs": 10, "prompt_tokens": 3,
-        "response_tokens": 5,
+        "demonstrations": 10, "preferences": 10, "edits": 10, "figa_pairs": 10, "test_prompts": 9,
+        "prompt_tokens": 3, "response_tokens": 5,
     },
     gpus=2, memory_gib=1, tflops=1e-6, bandwidth=1e-3, utilisation=0.5, decode_utilisation=0.5, step_overhead_ms=10,
 )  # fmt: skip
@@ -123,6 +125,21 @@ def test_ppo():
     assert few.hours * 3600 == pytest.approx(3 * (3.262464 + 2 * 0.09184) + 2 * curve)
 
 
+def test_answers():
+    config = EvaluationConfig(judge="rouge_l", batch_size=4, response_length=2)
+    rewards = dict.fromkeys(("rm_preference", "rm_edit", "rm_token"), REWARD)
+    found = estimate_generate(PLAN, POLICY, rewards, config, answers=3, longest=6)
+    assert found.kept == {"weights": 11680, "in bf16": 5840} and found.loading == found.host == 11680
+    assert found.phases == {"rollout": {"cache": 64 * 4 * 8}, "scoring": {"logits": 16 * 4 * 3 * 100}}
+    assert found.examples is None and not found.once
+    # 3 answers to 9 prompts are 9 batches of 2 steps of (5,840 + 64 x 4 rows x 4 tokens) / 500,000 + 0.01 s; one GPU,
+    # 500,000 operations a second, has 27 x 8 tokens x 2 x (2 x 2,920 + 3 x 2,128) operations to do.
+    assert found.hours * 3600 == pytest.approx(9 * 2 * (6864 / 5e5 + 0.01) + 216 * 24448 / 5e5)
+    # The first 5 prompts alone: 2 batches an answer.
+    fewer = estimate_generate(PLAN, POLICY, rewards, config.model_copy(update={"prompts": 5}), answers=3, longest=6)
+    assert fewer.hours * 3600 == pytest.approx(6 * 2 * (6864 / 5e5 + 0.01) + 120 * 24448 / 5e5)
+
+
 def test_shapes_fit():
     assert list(check_shapes(TINY)) == []
 
@@ -159,10 +176,11 @@ def paper():
 def test_the_shipped_profile_fits(paper):
     text, wrong = report(paper)
     assert wrong == []
-    assert [line.split()[0] for line in text.splitlines()[3:12]] == [
+    assert [line.split()[0] for line in text.splitlines()[3:13]] == [
         "sft", "rm_preference", "rm_edit", "rm_token", "figa", "ppo_preference", "ppo_edit", "ppo_token",
-        "judge_model@preferences",
+        "generate", "judge_model@preferences",
     ]  # fmt: skip
+    assert text.splitlines()[-1] == "Not estimated: benchmarks, judging, loading models from disk."
 
 
 def test_the_profile_for_one_gpu_fits_it():
@@ -171,6 +189,18 @@ def test_the_profile_for_one_gpu_fits_it():
     text, wrong = report(load_profile("human-gpu", ROOT))
     # SmolLM2's 134,515,008 parameters and the output layer, which the plan counts apart from the embeddings.
     assert not wrong and "0.16 billion parameters, 1 GPUs of 79 GiB" in text
+    assert "Not estimated: sft_chosen, " in text
+
+
+def test_best_of_n_answers_n_times(paper):
+    def hours():
+        return float(next(line for line in report(paper)[0].splitlines() if line.startswith("generate")).split()[3])
+
+    paper.params["plan"]["tflops"] = 1e-7  # hours that two decimals show
+    before = hours()
+    paper.params["methods"]["best"] = {"kind": "best_of_n", "needs": "rm_token", "n": 4}
+    # The initial model, the SFT model, FIGA and three PPOs answered: 6. Now 10.
+    assert hours() == pytest.approx(10 / 6 * before, rel=0.001)
 
 
 def test_what_edits_and_judges_fits_the_data(paper):
@@ -191,7 +221,7 @@ def test_what_edits_and_judges_fits_the_data(paper):
 
 def test_a_judge_is_trained_once_and_not_for_each_seed(paper):
     paper.params["plan"]["tflops"] = 1e-7  # hours that two decimals show
-    rows = {line.split()[0]: line.split() for line in report(paper)[0].splitlines()[3:13]}
+    rows = {line.split()[0]: line.split() for line in report(paper)[0].splitlines()[3:14]}
     # 500 pairs over 4 epochs, where a reward model of the pipeline has 10,000 over one: a fifth of its time.
     assert float(rows["judge_model@preferences"][3]) == pytest.approx(float(rows["rm_token"][3]) / 5, rel=0.01)
     assert float(rows["judge_model@preferences"][4]) == pytest.approx(
@@ -210,11 +240,12 @@ def test_the_shipped_profile_fits_at_full_size():
     assert wrong == [] and text.startswith("Profile paper: 6.74 billion parameters, 8 GPUs of 79 GiB")
     # What the profile says of itself in its first lines is what the plan says.
     comments = profile.file.read_text(encoding="utf-8")
-    rows = {line.split()[0]: line.split() for line in text.splitlines()[3:13] if line}
+    rows = {line.split()[0]: line.split() for line in text.splitlines()[3:14] if line}
     judge = rows["judge_model@preferences"]
     assert f"{judge[2]} GiB a GPU, {judge[3]} hours" in comments
     for stage in ("sft", "rm_token", "figa", "ppo_token"):
         assert f"{rows[stage][2]} GiB a GPU, {rows[stage][3]} hours a seed" in comments, stage
+    assert f"Answers: {rows['generate'][2]} GiB on one GPU, {rows['generate'][3]} hours a seed" in comments
     assert f"{rows['all'][1]} hours a seed, {rows['all'][2]} for 3 seeds" in comments
 
 

@@ -19,6 +19,9 @@ intermediate size, V vocabulary, l layers. Memory, in bytes a GPU, with weights 
 Time: training costs 6P operations a token, 8P with gradient checkpointing, a forward pass 2P; seconds are operations /
 (n · ``tflops`` · ``utilisation``). A decoding step takes ``step_overhead_ms``, and the time to read weights and cache
 once at ``bandwidth`` · ``decode_utilisation``; a batch takes as many steps as a response may have tokens.
+
+Answering the test prompts (``generate``) takes one GPU and one model at a time: 4P in float32 and 2P for its copy in
+bf16, the cache of the longest prompts, then a forward pass of the policy, its reference and each reward model.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from pydantic import Field
 from fgalign.config import Profile, Section
 from fgalign.core.modeling import parameter_count
 from fgalign.errors import ConfigError
+from fgalign.evaluation.config import REWARD_MODELS, EvaluationConfig
 
 GIB = 2**30
 
@@ -57,6 +61,8 @@ class DataSize(Section):
     edits: int
     figa_pairs: int
     """Pairs that FIGA's filter keeps."""
+    test_prompts: int
+    """Prompts that every method answers with every seed."""
     judge_preferences: int = 0
     """Pairs that each judge of ``judge_models`` is trained on."""
     prompt_tokens: int
@@ -103,7 +109,7 @@ class Sizes:
 class Estimate:
     """One stage: bytes a GPU by what they are for (those of phases that do not overlap under the phase's name) and
     before training begins (``loading``), bytes of a host's memory for each process, hours for one seed, examples of an
-    optimiser step; ``once``: trained once and not for each seed."""
+    optimiser step (None: nothing is trained); ``once``: trained once and not for each seed."""
 
     stage: str
     kept: dict[str, float]
@@ -111,7 +117,7 @@ class Estimate:
     loading: float
     host: float
     hours: float
-    examples: int
+    examples: int | None
     once: bool = False
 
     @property
@@ -271,6 +277,33 @@ def estimate_ppo(
     return Estimate(stage, kept, phases, 0.0, host, seconds / 3600, args.minibatch_size)
 
 
+def estimate_generate(
+    plan: PlanSection, policy: Sizes, rewards: Mapping[str, Sizes], config: EvaluationConfig, answers: int, longest: int
+) -> Estimate:
+    """All methods' responses to the test prompts, and their KL and scores, on one GPU; ``answers`` a prompt, over the
+    methods; ``longest`` tokens a prompt at most."""
+    a, data = plan.architecture, plan.data
+    one_gpu = plan.model_copy(update={"gpus": 1})
+    prompts = min(data.test_prompts, config.prompts or data.test_prompts)
+    rows = min(config.batch_size, prompts)
+    batches = answers * -(-prompts // rows)
+    forward = 2 * (2 * policy.total + sum(rewards[name].total for name in REWARD_MODELS))
+    tokens = answers * prompts * (data.prompt_tokens + data.response_tokens)
+    seconds = batches * decode_seconds(plan, policy.total, rows, config.response_length)
+    return Estimate(
+        "generate",
+        {"weights": 4.0 * policy.total, "in bf16": 2.0 * policy.total},
+        {
+            "rollout": {"cache": cache_bytes(a, rows, longest + config.response_length)},
+            "scoring": {"logits": logits_bytes(a, rows, config.response_length + 1)},
+        },
+        4.0 * policy.total,
+        4.0 * policy.total,
+        (seconds + training_seconds(one_gpu, forward * tokens)) / 3600,
+        None,
+    )
+
+
 def check_shapes(a: Architecture) -> Iterator[str]:
     """Build every kind of model on the meta device, run it, and say where a shape is not what its stage expects."""
     import torch
@@ -302,7 +335,8 @@ def check_shapes(a: Architecture) -> Iterator[str]:
 
 
 def estimates(profile: Profile, plan: PlanSection) -> list[Estimate]:
-    """Every training stage of the profile that has an estimate: SFT, reward models, FIGA, PPO, judges."""
+    """Every stage of the profile that has an estimate: SFT, reward models, FIGA, PPO, answers to the test prompts,
+    judges."""
     from fgalign.losses.token_reward import OUTPUTS
     from fgalign.ppo_trainer import FineGrainedPPOConfig, check_config
     from fgalign.rewards import LEVELS
@@ -334,8 +368,10 @@ def estimates(profile: Profile, plan: PlanSection) -> list[Estimate]:
                 examples=data.preferences if name == "rm_preference" else data.edits, logit_positions=0,
             )
         )  # fmt: skip
+    answers = 2  # the initial and the SFT model's
     for name in profile.params.get("methods", {}):
         _, config = method_config(profile, name)
+        answers += getattr(config, "n", 1) if config.kind == "best_of_n" else 1
         if config.kind == "figa":
             counts = config.optim.accumulation > 1 or plan.gpus > 1
             found.append(
@@ -351,6 +387,8 @@ def estimates(profile: Profile, plan: PlanSection) -> list[Estimate]:
             if args.value_model == "separate":
                 value = sizes(build_on_meta(a, "TokenClassification", num_labels=1))
             found.append(estimate_ppo(plan, name, causal, value, rewards[config.needs], config, args))
+    evaluation = profile.section("evaluation", EvaluationConfig)
+    found.append(estimate_generate(plan, causal, rewards, evaluation, answers, sft.max_length))
     for name in profile.params.get("judge_models") or {}:
         config = judge_model_config(profile, name)
         estimate = estimate_trainer(
@@ -418,6 +456,8 @@ def report(profile: Profile, gpus: int | None = None) -> tuple[str, list[str]]:
     Raises:
         ConfigError: the profile has no section ``plan``, or a section in it is bad.
     """
+    from fgalign.stages.train import method_config
+
     plan = profile.section("plan", PlanSection)
     if gpus is not None:
         plan = plan.model_copy(update={"gpus": gpus})
@@ -443,12 +483,14 @@ def report(profile: Profile, gpus: int | None = None) -> tuple[str, list[str]]:
         if estimate.loading > sum(parts.values()):
             parts = {"loading": estimate.loading}
         shown = ", ".join(f"{key} {value / GIB:.1f}" for key, value in parts.items() if value)
+        step = estimate.examples or "-"
         lines.append(
-            f"{estimate.stage:<{width}}{estimate.examples:>7}  {estimate.peak / GIB:>9.1f}  {estimate.hours:>12.2f}  "
+            f"{estimate.stage:<{width}}{step:>7}  {estimate.peak / GIB:>9.1f}  {estimate.hours:>12.2f}  "
             f"{runs(estimate) * estimate.hours:>14.1f}   {shown}"
         )
     total = sum(estimate.hours for estimate in found if not estimate.once)
     in_all = sum(runs(estimate) * estimate.hours for estimate in found)
+    saved = sum(runs(estimate) for estimate in found if estimate.examples is not None)
     lines += [
         f"{'all':<{width}}{'':>7}  {'':>9}  {total:>12.2f}  {in_all:>14.1f}",
         "",
@@ -457,6 +499,13 @@ def report(profile: Profile, gpus: int | None = None) -> tuple[str, list[str]]:
         f"of {plan.data.response_tokens} tokens on average; rollouts from transformers; formulas in plan.py.",
         f"Host memory while loading: {max(estimate.host for estimate in found) / GIB:.0f} GiB a process.",
         f"Disk: {4 * model.total / GIB:.0f} GiB a saved model, one a stage and seed (a judge has one): "
-        f"{4 * model.total / GIB * (sum(map(runs, found)) + 1):.0f} GiB in all.",
+        f"{4 * model.total / GIB * (saved + 1):.0f} GiB in all.",
     ]
+    estimated = {estimate.stage for estimate in found}
+    others = [
+        name
+        for name in profile.params.get("methods", {})
+        if name not in estimated and method_config(profile, name)[1].kind != "best_of_n"
+    ]
+    lines.append(f"Not estimated: {', '.join([*others, 'benchmarks', 'judging', 'loading models from disk'])}.")
     return "\n".join(lines), wrong
