@@ -18,7 +18,7 @@ from lm_eval.api.model import LM
 from test_architecture import TREES, outside
 
 from fgalign.benchmarks import LOCAL_TASKS, BenchmarkConfig
-from fgalign.benchmarks.harness import TASK_FILES, ChatLM, TaskManager, run_tasks, task_manager
+from fgalign.benchmarks.harness import TASK_FILES, ChatLM, TaskManager, load_tasks, run_tasks, task_manager
 from fgalign.benchmarks.items import ChoiceItem, PairItem, build_items, item_kind, stereotype_metrics
 from fgalign.benchmarks.world import GRAND_KINDS, PLAIN_KINDS, bias, knowledge, truthfulness
 from fgalign.config import Profile, load_profile
@@ -387,6 +387,16 @@ def test_an_unknown_task_is_refused_before_any_model_is_loaded(tmp_path, monkeyp
         ConfigError, match=r"benchmarks\.tasks: 'mmmlu' is neither a task of ours nor one of the harness"
     ):
         task_manager(["mmmlu"], [], tmp_path)
+
+
+def test_data_that_cannot_be_fetched_are_one_clear_error():
+    def load(names):
+        raise ConnectionError("Couldn't reach 'allenai/winogrande' on the Hub")
+
+    with pytest.raises(
+        InputError, match=r"benchmarks\.tasks: the data of winogrande cannot be loaded \(Connection.*HF_HOME"
+    ):
+        load_tasks(SimpleNamespace(load=load), ["winogrande"])
 
 
 # Where the tasks of the papers' table lie in the harness; reading all of its task files takes ten seconds.

@@ -35,7 +35,7 @@ class Outer(Section):
 def root(tmp_path):
     (tmp_path / "src" / "fgalign").mkdir(parents=True)
     (tmp_path / "dvc.yaml").touch()
-    (tmp_path / "params.yaml").write_text("profile: mini\nseeds: [1, 2]\nouter: {name: x, inner: {rate: 1}}\n")
+    (tmp_path / "params.yaml").write_text("profile: mini\nseeds: [1, 2]\nsft: {name: x, inner: {rate: 1}}\n")
     other = tmp_path / "reproduce" / "profiles" / "human"
     other.mkdir(parents=True)
     (other / "params.yaml").write_text("profile: human\nseeds: [7]\n")
@@ -47,7 +47,7 @@ def test_load(root, monkeypatch):
     mini = load_profile(root=root)
     assert (mini.name, mini.seeds, mini.file) == ("mini", [1, 2], root / "params.yaml")
     assert (mini.data, mini.results) == (root / "data" / "mini", root / "results" / "mini")
-    assert mini.section("outer", Outer) == Outer(name="x", count=3, inner=Inner(rate=1.0))
+    assert mini.section("sft", Outer) == Outer(name="x", count=3, inner=Inner(rate=1.0))
     assert load_profile("human", root).seeds == [7]
     monkeypatch.setenv("FGALIGN_PROFILE", "human")
     assert load_profile(root=root).name == "human"
@@ -92,9 +92,42 @@ def test_a_secret_in_a_profile_is_refused_before_anything_reads_it(root, name):
     assert load_profile("mini", root).params["annotator"]["max_tokens"] == 4
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "needed_token_model: [a]",
+            r"params\.yaml: needed_token_model: no such key; did you mean needed_token_models\?",
+        ),
+        ("zzz: 1", r"params\.yaml: zzz: no such key; known keys: profile, root, "),
+        ("seeds: [1]\nsft: {a: 1}\nseeds: [7]", r"params\.yaml:4: the key 'seeds' stands twice in this section"),
+        ("sft:\n  a: {b: 1, b: 1}", r"params\.yaml:3: the key 'b' stands twice"),
+        ("methods: {dpo: null}", r"params\.yaml: methods: expected a section under each name, found None"),
+        ("token_models: 3", r"params\.yaml: token_models: expected a section under each name, found 3"),
+    ],
+)
+def test_a_slip_in_a_profile_is_refused(root, text, message):
+    (root / "params.yaml").write_text(f"profile: mini\n{text}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_profile("mini", root)
+
+
+def test_a_merged_section_may_override_keys(root):
+    text = "sft: &a {x: 1, y: 2}\nrm_edit: &b {<<: *a, x: 3}\nrm_token: {<<: *b, y: 4}\nmethods:\n"
+    (root / "params.yaml").write_text(f"profile: mini\n{text}")
+    params = load_profile("mini", root).params
+    assert params["rm_token"] == {"x": 3, "y": 4} and params["methods"] is None
+
+
+def test_a_profile_that_is_not_utf8(root):
+    (root / "params.yaml").write_bytes("profile: mini # café".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"params\.yaml: not YAML: .*utf-8"):
+        load_profile("mini", root)
+
+
 def test_missing_section(root):
-    with pytest.raises(ConfigError, match=r"params\.yaml: section `sft` is missing; expected name, count, inner"):
-        load_profile("mini", root).section("sft", Outer)
+    with pytest.raises(ConfigError, match=r"params\.yaml: section `labels` is missing; expected name, count, inner"):
+        load_profile("mini", root).section("labels", Outer)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +147,10 @@ def test_bad_section(value, message):
         parse_section(value, Outer, "here")
 
 
-@pytest.mark.parametrize("seeds", [None, [], [1, 1], "1", 3, ["a"], [True], [1.5], [[1]]])
+@pytest.mark.parametrize("seeds", [None, [], [1, 1], "1", 3, ["a"], [True], [1.5], [[1]], [-1], [2**32]])
 def test_bad_seeds(tmp_path, seeds):
     profile = Profile("mini", tmp_path, {"seeds": seeds}, tmp_path / "params.yaml")
-    with pytest.raises(ConfigError, match=r"params\.yaml: seeds: expected a list of different integers, found "):
+    with pytest.raises(ConfigError, match=r"params\.yaml: seeds: expected a list of different integers from 0 "):
         _ = profile.seeds
 
 

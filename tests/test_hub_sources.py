@@ -229,6 +229,11 @@ def test_every_format_gives_the_same_rows(tmp_path, name, kind):
         ("x.json", b'["a"]', r"x\.json: row 0: expected an object with a value a column, found 'a'"),
         ("x.json", b"\xff", r"x\.json: cannot be read: "),
         ("x.json.gz", b"{}", r"x\.json\.gz: cannot be read: "),
+        ("x.json.gz", gzip.compress(b"[]" * 99)[:12] + b"\xff" * 20, r"x\.json\.gz: cannot be read: "),
+        ("x.jsonl", b'{"q": 1}\n{"q": "a \\ud83d b"}\n', r"x\.jsonl:2: expected texts of whole characters, .*ud83d"),
+        ("x.json", b'[{"q": "\\uD83D\\uDE00"}, {"q": "\\uDE00"}]', r"x\.json: row 1: expected texts of whole char"),
+        ("x.jsonl", b'{"q": ' + b"9" * 5000 + b"}", r"x\.jsonl:1: cannot be read: "),
+        ("x.jsonl", b"[" * 100000, r"x\.jsonl: cannot be read: "),
         ("x.parquet", b"{}", r"x\.parquet: not Parquet: "),
         ("x.csv", b"q\n1\n", r"x\.csv: expected a file that ends with \.json, "),
     ],
@@ -300,7 +305,9 @@ def test_a_conversation_as_one_text():
 
 
 def test_prompts_with_the_same_words_share_a_key():
-    assert prompt_key("What, is\n THIS?") == prompt_key("what is this") == "what is this"
+    assert prompt_key("What, is\n THIS?") == prompt_key("what is this") == "whatisthis"
+    assert prompt_key("Don't e-mail_a") == prompt_key("dont email a") != prompt_key("dont email b")
+    assert prompt_key("caf\u00e9") == prompt_key("cafe\u0301") != prompt_key("cafe")
     assert prompt_key("?!") == "?!" != prompt_key("!?")
 
 
@@ -770,6 +777,9 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     assert make("preference_dataset", tmp_path, **{**options, "files": ["data/train-0.parquet"]}) == data
     with pytest.raises(InputError, match=r"hf download a/b --include 'data/train-\*\.parquet' --repo-type dataset"):
         make("preference_dataset", tmp_path, **options)
+    # The command takes names or patterns: beside a pattern, a name is one too.
+    with pytest.raises(InputError, match=r"--include 'data/train-\*\.parquet' --include data/test-0\.parquet --repo"):
+        make("preference_dataset", tmp_path, **options, test_files=["data/test-0.parquet"])
 
 
 @pytest.mark.parametrize(
@@ -777,7 +787,8 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     [
         ({"files": []}, r"source\.files: expected at least one pattern"),
         ({"local": None}, r"source\.repo: expected the name of a data set"),
-        ({"local": "nowhere", "files": ["*"]}, "nowhere: no such folder, although source.local names its folder"),
+        ({"local": "nowhere", "files": ["*"]}, "nowhere: no such file or folder, although source.local names its fol"),
+        ({"local": "nowhere.jsonl", "files": []}, r"nowhere\.jsonl: no such file or folder, although source\.local"),
         ({"test_files": ["*"]}, r"source\.test_files: train\.json is among source\.files, too"),
         ({"n_test": None}, r"source\.n_test: expected a number, as there are no source\.test_files"),
         ({"files": ["*"]}, "two of them differ in their ending alone"),

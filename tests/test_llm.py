@@ -360,6 +360,72 @@ def test_a_rejected_prompt_counts_as_refused_and_is_asked_again(server, options)
     assert ask(options, ["long", "short"])[0] == ["now it fits", "a short answer"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "This model's maximum context length is 2048 tokens.", "type": "BadRequestError", "code": 400},
+        {"message": "the request exceeds it", "type": "exceed_context_size_error", "code": 400},
+    ],
+)
+def test_a_prompt_that_is_too_long_is_rejected_in_other_servers_words(server, options, error):
+    server.reply = lambda request, number: (
+        (400, {}, {"error": error}) if request["messages"][0]["content"] == "long" else "short"
+    )
+    answers, usage = ask(options, ["long", "b"], max_failed=0.5)
+    assert (answers, usage.refused) == ([None, "short"], 1)
+    with pytest.raises(LLMError, match=r"found 1 \(1 refused, .*for example 'long'; change"):
+        ask(options, ["long", "b"])
+
+
+def test_other_bad_requests_stop_the_run(server, options):
+    server.reply = lambda request, number: (400, {}, {"error": {"message": "temperature", "code": 400}})
+    with pytest.raises(LLMError, match="found status 400"):
+        ask(options, ["a"])
+
+
+def test_a_character_cut_in_two_becomes_a_question_mark_and_is_kept(server, options):
+    server.reply = lambda request, number: completion("hi \ud83d", finish_reason="length")
+    assert ask(options, ["a"])[0] == ["hi ?"] == ask(options, ["a"])[0]
+    assert len(server.requests) == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(server, options, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"llm: cache: expected a folder that can be written, found .*file/cache"):
+        ask(options, ["a", "b"], cache=str(tmp_path / "file" / "cache"))
+    assert not server.requests
+
+
+def test_an_answer_that_cannot_be_kept_is_counted_and_stops_the_run(server, options, monkeypatch, capsys):
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fgalign.llm.write_json", full)
+    with pytest.raises(LLMError, match=r"found an answer that cannot be kept in .*json \(No space left on device\)"):
+        ask(options, ["a"])
+    assert "1 answers of m (10 + 3 tokens)" in capsys.readouterr().out
+
+
+def test_a_damaged_file_of_the_cache_says_what_to_do(server, options):
+    ask(options, ["a"])
+    for content in (b"", b"\xff\xfe\x00", b"[" * 100000):
+        cached(options)[0].write_bytes(content)
+        with pytest.raises(InputError, match=r"json: expected the answer .*; delete the file to ask again"):
+            ask(options, ["a"])
+
+
+def test_a_server_that_asks_for_a_long_wait_is_named_with_it(server, options):
+    server.reply = lambda request, number: (429, {"Retry-After": "180"}, {"error": {"message": "slow down"}})
+    with pytest.raises(LLMError, match=r"status 429 \(it asks to wait 180 before the next request\): .*slow down"):
+        ask(options, ["a"])
+
+
+def test_an_error_with_status_200_is_shown(server, options):
+    server.reply = lambda request, number: {"error": {"message": "Rate limit exceeded", "code": 429}}
+    with pytest.raises(LLMError, match="Rate limit exceeded"):
+        ask(options, ["a"])
+
+
 def test_answers_without_use_are_told_apart_and_limited(server, options):
     replies = {
         "filtered": completion("", finish_reason="content_filter"),
@@ -505,6 +571,14 @@ def test_a_missing_key_is_one_clear_error(tmp_path):
         LLM(config, "test").ask(["p"], str)
 
 
+@pytest.mark.parametrize("key", ["sk-SECRET\nsk-OTHER", "sk-SECRET\u200b", "sk-SECRET sk"])
+def test_what_cannot_be_a_key_is_refused_and_not_repeated(server, options, monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(ConfigError, match="environment variable MY_KEY: expected one key, of ASCII") as error:
+        ask(options, ["a"], key_variable="MY_KEY")
+    assert "SECRET" not in str(error.value) and not server.requests
+
+
 def test_the_key_never_goes_unencrypted_to_another_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     config = LLMConfig(model="m", base_url="http://10.0.0.1/v1", cache=str(tmp_path))
@@ -521,6 +595,7 @@ def test_the_key_never_goes_unencrypted_to_another_machine(monkeypatch, tmp_path
         {"key_variable": KEY},
         {"base_url": f"https://user:{KEY}@example.org/v1"},
         {"base_url": f"https://example.org/v1?api-key={KEY}"},
+        {"base_url": "http://[bad", "api_key": KEY},
     ],
 )
 def test_a_key_in_the_profile_is_refused_and_not_repeated(wrong):

@@ -135,6 +135,8 @@ def test_ui_says_so_where_nothing_ran(checkout):
     (checkout / ".venv" / ".installed").touch()
     result = make(checkout, "ui", "MLFLOW_TRACKING_URI=")
     assert result.returncode != 0 and "no runs yet" in result.stderr
+    result = make(checkout, "ui", "MLFLOW_TRACKING_URI=https://bob:SECRET@example.org/runs")
+    assert result.returncode == 0 and result.stdout == "the runs are on the server at https://example.org/runs\n"
 
 
 def test_lock_pins_every_dependency_within_its_range():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import http.client
+import io
 import json
 import os
 from pathlib import Path
@@ -369,6 +371,17 @@ def test_a_failed_fetch_says_what_to_do_and_leaves_nothing(tmp_path):
         match=r"gone\.json: cannot be fetched .*save it as .*sample_feedback\.json, or set FGALIGN_QA_FEEDBACK",
     ):
         build(sample_config(folder=None, files=[file]), tmp_path)
+    assert not (tmp_path / DOWNLOADS).exists()
+
+
+def test_a_connection_that_ends_early_is_a_failed_fetch(tmp_path, monkeypatch):
+    class Short(io.BytesIO):
+        def read(self, *_):
+            raise http.client.IncompleteRead(b"[")
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Short())
+    with pytest.raises(InputError, match=r"cannot be fetched \(IncompleteRead"):
+        build(sample_config(folder=None), tmp_path)
     assert not (tmp_path / DOWNLOADS).exists()
 
 

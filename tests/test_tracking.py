@@ -126,6 +126,18 @@ def test_a_broken_store_stops_nothing(profile, tmp_path, monkeypatch, capfd, sto
     one_line(capfd.readouterr().err)
 
 
+def test_a_password_in_the_address_of_the_store_is_not_shown(monkeypatch, capfd):
+    monkeypatch.setattr(tracking, "_warned", False)
+
+    def fails():
+        raise OSError("API request to http://bob:TOPSECRET@127.0.0.1:9/api/2.0 and https://a@b/ failed")
+
+    tracking._safely(fails)
+    error = capfd.readouterr().err
+    assert "API request to http://127.0.0.1:9/api/2.0 and https://b/ failed" in error
+    one_line(error)
+
+
 def one_line(error):
     assert error.startswith("tracking: MLflow failed (")
     assert error.endswith("; the work goes on untracked\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -18,6 +19,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fgalign.errors import ConfigError
 
 DEFAULT_PROFILE = "mini"
+KEYS = (
+    "profile", "root", "params_file", "seeds", "runtime", "source", "annotator", "labels", "base_model", "sft",
+    "rm_preference", "rm_edit", "rm_token", "token_models", "needed_token_models", "methods", "studies", "sweeps",
+    "search", "evaluation", "judge_models", "other_judges", "judge_tables", "benchmarks", "report", "world", "papers",
+    "plan",
+)  # fmt: skip
+"""Everything that a profile may have at its top."""
+NAMED = ("methods", "token_models", "studies", "sweeps", "judge_models", "other_judges")
+"""Of those, the ones that hold a section under each name."""
 SECRETS = ("key", "api_key", "apikey", "token", "api_token", "access_token", "auth_token", "secret", "password")
 
 
@@ -53,9 +63,11 @@ class Profile:
     def seeds(self) -> list[int]:
         """The training seeds, at least one, all different."""
         seeds = self.params.get("seeds")
-        integers = isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)
+        integers = isinstance(seeds, list) and seeds and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
         if not integers or len(set(seeds)) != len(seeds):
-            raise ConfigError(f"{self.file}: seeds: expected a list of different integers, found {seeds!r}")
+            raise ConfigError(
+                f"{self.file}: seeds: expected a list of different integers from 0 to 2**32 - 1, found {seeds!r}"
+            )
         return seeds
 
     @property
@@ -123,6 +135,37 @@ def _refuse_secrets(value: Any, where: str) -> None:
         _refuse_secrets(inner, f"{where}: {name}")
 
 
+def _refuse_repeated(node: Any, path: Path, seen: set[int] | None = None) -> None:
+    """Raise ConfigError where a section of a YAML tree has a key twice, of which YAML silently takes the last."""
+    seen = set() if seen is None else seen
+    if not isinstance(getattr(node, "value", None), list) or id(node) in seen:  # an anchor's section stands repeatedly
+        return
+    seen.add(id(node))
+    pairs = [pair if isinstance(pair, tuple) else (None, pair) for pair in node.value]
+    names = [key.value for key, _ in pairs if key is not None and isinstance(key.value, str)]
+    for key, inner in pairs:
+        if key is not None and names.count(key.value) > 1:
+            last = max(other.start_mark.line for other, _ in pairs if other.value == key.value)
+            raise ConfigError(
+                f"{path}:{last + 1}: the key {key.value!r} stands twice in this section; keep one of them"
+            )
+        _refuse_repeated(inner, path, seen)
+
+
+def _check_keys(params: dict[str, Any], path: Path) -> None:
+    """Raise ConfigError for a top-level key that nothing reads, and for a section that cannot hold what it has to."""
+    for key, value in params.items():
+        if key not in KEYS:
+            close = get_close_matches(str(key), KEYS, 1)
+            meant = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(KEYS)}"
+            raise ConfigError(f"{path}: {key}: no such key{meant}")
+        if key in NAMED and value is not None:
+            inner = value.values() if isinstance(value, dict) else [value]
+            wrong = [section for section in inner if not isinstance(section, dict)]
+            if wrong:
+                raise ConfigError(f"{path}: {key}: expected a section under each name, found {wrong[0]!r}")
+
+
 def find_root(start: Path | None = None) -> Path:
     """The repository's root: the nearest folder at or above ``start`` (default: here) with ``dvc.yaml`` and ``src``."""
     here = (start or Path.cwd()).resolve()
@@ -147,7 +190,7 @@ def load_profile(name: str | None = None, root: Path | None = None) -> Profile:
     """Load a profile by name; without one, that of the environment variable ``FGALIGN_PROFILE``, or ``mini``.
 
     Raises:
-        ConfigError: no such profile, its file is not YAML, or a key that is a secret stands in it.
+        ConfigError: no such profile, or its file is not YAML, has a key twice or an unknown one, or a secret in it.
     """
     import yaml
 
@@ -157,11 +200,15 @@ def load_profile(name: str | None = None, root: Path | None = None) -> Profile:
     if not path.exists():
         raise ConfigError(f"unknown profile {name!r}; expected one of {', '.join(known_profiles(root))}")
     try:
-        params = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        tree = loader.get_single_node()
+        _refuse_repeated(tree, path)
+        params = loader.construct_document(tree) if tree is not None else None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     found = params.get("profile") if isinstance(params, dict) else params
     if found != name:
         raise ConfigError(f"{path}: profile: expected {name!r}, found {found!r}")
     _refuse_secrets(params, str(path))
+    _check_keys(params, path)
     return Profile(name=name, root=root, params=params, file=path)

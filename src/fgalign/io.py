@@ -78,7 +78,7 @@ def read_json(path: str | Path) -> Any:
     """Read one JSON document.
 
     Raises:
-        InputError: the file is missing or is not JSON (the message gives the line).
+        InputError: the file is missing, cannot be read or is not JSON (the message gives the line).
     """
     path = Path(path)
     if not path.exists():
@@ -87,6 +87,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected a file of JSON in UTF-8, found another ({error})") from None
 
 
 def sha256(path: str | Path) -> str:

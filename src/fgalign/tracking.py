@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import select
 import signal
 import subprocess
@@ -336,7 +337,8 @@ def _safely(action: Callable[[], Any]) -> Any:
     except Exception as error:
         if not _warned:
             _warned = True
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = re.sub(r"(?<=://)[^/\s@]+@", "", reason)[:300]  # a server's address may hold a password
             print(f"tracking: MLflow failed ({reason}); the work goes on untracked", file=sys.stderr)
         return None
 

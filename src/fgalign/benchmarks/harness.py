@@ -126,12 +126,29 @@ def task_manager(tasks: Sequence[str], local: Sequence[str], items: Path) -> Tas
     return manager
 
 
+def load_tasks(manager: TaskManager, tasks: Sequence[str]) -> dict[str, Any]:
+    """The tasks and groups of these names with their data, which the harness fetches where it has not got them.
+
+    Raises:
+        InputError: data cannot be fetched.
+    """
+    try:
+        return manager.load(list(tasks))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"benchmarks.tasks: the data of {', '.join(tasks)} cannot be loaded ({type(error).__name__}: {reason}); on "
+            "a machine with network access run this stage once and copy its folder `$HF_HOME` (default "
+            "`~/.cache/huggingface`) to this one, or leave those tasks out"
+        ) from None
+
+
 def run_tasks(lm: Any, manager: TaskManager, config: BenchmarkConfig) -> list[Score]:
     """Evaluate ``lm`` (any ``lm_eval.api.model.LM`` with a chat template) on ``config.tasks``, in their order.
 
     Of a group the scores of the group are given, not those of its members.
     """
-    loaded = manager.load(list(config.tasks))
+    loaded = load_tasks(manager, config.tasks)
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=config.seed)
     # Not `simple_evaluate`: it also seeds the global random generators and describes the machine, which takes longer

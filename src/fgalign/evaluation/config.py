@@ -24,7 +24,7 @@ class EvaluationConfig(Section):
     prompts: int | None = None
     """The first so many test prompts (None: all)."""
     pairs: int | None = None
-    """The first so many test preferences and test edits for the reward models (None: all)."""
+    """So many test preferences and test edits for the reward models (None: all), from as many prompts as possible."""
     examples: int = 4
     seed: int = 0
     """Of sampling; added to a method's seed."""

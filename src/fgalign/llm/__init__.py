@@ -12,6 +12,7 @@ import ipaddress
 import json
 import os
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,8 +40,10 @@ _REFUSAL = re.compile(
     r"as an ai\b)",
     re.IGNORECASE,
 )
-# What servers call a prompt that they reject for itself, not for how it was sent.
-_REJECTED = {"content_filter", "content_policy_violation", "context_length_exceeded"}
+# What servers call a prompt that they reject for itself, not for how it was sent; some say only in words that it is
+# too long.
+_REJECTED = {"content_filter", "content_policy_violation", "context_length_exceeded", "exceed_context_size_error"}
+_TOO_LONG = re.compile(r"context (length|size|window)", re.IGNORECASE)
 
 
 class LLMError(FgalignError):
@@ -85,13 +88,17 @@ class LLMConfig(Section):
         """Refuse what looks like a key without repeating it, which pydantic's own message would."""
         if not isinstance(values, Mapping):
             return values
-        variable, url = values.get("key_variable"), urlsplit(str(values.get("base_url", "")))
+        variable = values.get("key_variable")
         named = any("key" in str(name).lower() for name in values if name != "key_variable")
         if named or (isinstance(variable, str) and not _VARIABLE.fullmatch(variable)):
             raise ConfigError(
                 "llm: a key must not stand in the profile: export it as an environment variable and give the "
                 "variable's name as `key_variable` (capitals, digits and _; default OPENAI_API_KEY)"
             )
+        try:
+            url = urlsplit(str(values.get("base_url", "")))
+        except ValueError:
+            raise ConfigError("llm: base_url: expected http(s)://host.../v1, found no address") from None
         if url.username or url.password or url.query:
             raise ConfigError(
                 "llm: base_url: expected an address without user, password or query, which are secrets; put the key "
@@ -113,7 +120,8 @@ def api_key(config: LLMConfig) -> str | None:
     """The key, or None where none is sent.
 
     Raises:
-        ConfigError: the variable is not set, or the key would go unencrypted to another machine.
+        ConfigError: the variable is not set or holds what cannot be a key, or the key would go unencrypted to another
+            machine.
     """
     if config.key_variable is None or (config.loopback and "key_variable" not in config.model_fields_set):
         return None
@@ -127,6 +135,11 @@ def api_key(config: LLMConfig) -> str | None:
         raise ConfigError(
             f"llm: expected the key of {config.base_url} in the environment variable {config.key_variable}, found "
             "none; export it, name another in `key_variable`, or `key_variable: null` for a server without keys"
+        )
+    if not re.fullmatch(r"[!-~]+", key):  # else libraries quote it in their errors, in ways that cannot be foreseen
+        raise ConfigError(
+            f"llm: environment variable {config.key_variable}: expected one key, of ASCII characters without white "
+            "space, found others among them; copy the key again"
         )
     return key
 
@@ -253,11 +266,14 @@ class LLM:
             self.usage.add(now)
             self._report(now)
         if now.failed > self.config.max_failed * max(1, len(prompts)):
-            example = next(key for key, result in zip(keys, results, strict=True) if result is None)
+            failed = [key for key, result in zip(keys, results, strict=True) if result is None]
+            kept = [str(self._file(key)) for key in failed if self._file(key).exists()]
+            # A rejected prompt has no file.
+            shown = [*kept, repr(requests[failed[0]]["messages"][0]["content"][:80])]
             raise LLMError(
                 f"{self.title}: expected at most {self.config.max_failed:.1%} of {len(prompts)} answers without use, "
                 f"found {now.failed} ({now.refused} refused, {now.truncated} cut off at {self.config.max_tokens} "
-                f"tokens, {now.unparsable} not in the form asked for), for example {self._file(example)}; change the "
+                f"tokens, {now.unparsable} not in the form asked for), for example {shown[0]}; change the "
                 "model, the prompt, `max_tokens` or `max_failed` (the answers are kept)"
             )
         return results
@@ -285,7 +301,16 @@ class LLM:
 
     def _ask_server(self, requests: dict[str, dict[str, Any]], answers: dict[str, Answer]) -> None:
         """Ask in parallel; on the first error nothing new is sent, and what is under way is waited for and kept."""
-        _ = self._client  # A missing key shows before any thread starts.
+        # Before any thread starts: a missing key, and a folder that cannot keep what will be paid for.
+        _ = self._client
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.cache).close()
+        except OSError as error:
+            raise ConfigError(
+                f"llm: cache: expected a folder that can be written, found {self.cache} ({error.strerror}); name "
+                "another"
+            ) from None
         with (
             ThreadPoolExecutor(min(self.config.parallel, len(requests))) as pool,
             progress(len(requests), self.title, "answer") as bar,
@@ -309,25 +334,31 @@ class LLM:
         try:
             answer = _answer(self._client.chat.completions.create(**request))
         except openai.APIStatusError as error:
-            if error.status_code in (400, 413, 422) and _code(error) in _REJECTED:
+            code = _rejected(error)
+            if code is not None:
                 # Not kept: a rejected prompt costs nothing, and a server with another setting may take it.
-                answer = Answer("", True, _code(error), 0, 0, None)
+                answer = Answer("", True, code, 0, 0, None)
                 with self._lock:
                     self._now.asked += 1
                 return answer
-            raise self._failure(f"status {error.status_code}: {error}") from None
+            later = error.response.headers.get("retry-after")
+            asks = f" (it asks to wait {later} before the next request)" if later else ""
+            raise self._failure(f"status {error.status_code}{asks}: {error}") from None
         except openai.OpenAIError as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise self._failure(f"{error}{cause}") from None
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise self._failure(f"expected a chat completion in JSON, found none ({error!r})") from None
         answer = answer._replace(text=self._redact(answer.text), model=self._redact(answer.model or "") or None)
-        write_json(self._file(key), {"request": request, "answer": answer._asdict()})
         with self._lock:
             self._now.asked += 1
             self._now.input_tokens += answer.input_tokens or 0
             self._now.output_tokens += answer.output_tokens or 0
             self._now.uncounted += answer.input_tokens is None or answer.output_tokens is None
+        try:
+            write_json(self._file(key), {"request": request, "answer": answer._asdict()})
+        except OSError as error:
+            raise self._failure(f"an answer that cannot be kept in {self._file(key)} ({error.strerror})") from None
         return answer
 
     @cached_property
@@ -385,12 +416,12 @@ class LLM:
         path = self._file(key)
         if not path.exists():
             return None
-        value = read_json(path)
         try:
+            value = read_json(path)
             if value["request"] != request:
                 raise ValueError("another request")
             return Answer(**value["answer"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (InputError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path}: expected the answer to the request that its name is the hash of, found {error}; delete the "
                 "file to ask again"
@@ -429,9 +460,11 @@ class LLM:
                 **asdict(now),
                 "cost_usd": cost,
             }
-            self.cache.mkdir(parents=True, exist_ok=True)
-            with open(self.cache / USAGE_LOG, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.cache / USAGE_LOG, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:  # What stopped the work, if anything did, is to be seen.
+                print(f"{self.title}: not added to {self.cache / USAGE_LOG} ({error.strerror})", flush=True)
 
 
 def _digest(request: dict[str, Any]) -> str:
@@ -441,12 +474,15 @@ def _digest(request: dict[str, Any]) -> str:
 
 def _answer(completion: Any) -> Answer:
     """An answer from the client's chat completion; any of Python's look-up errors where it is not one."""
+    if not completion.choices and getattr(completion, "error", None):  # some send errors with status 200
+        raise ValueError(f"the server's error: {completion.error}")
     choice, usage = completion.choices[0], completion.usage
     text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
     if not isinstance(text, str | None):
         raise TypeError(f"content of type {type(text).__name__}")
     return Answer(
-        text=text or refusal or "",
+        # A character cut in two, which JSON can hold and UTF-8 cannot, becomes a question mark.
+        text=(text or refusal or "").encode("utf-8", "replace").decode("utf-8"),
         refused=bool(refusal) or choice.finish_reason == "content_filter",
         finish_reason=choice.finish_reason,
         input_tokens=getattr(usage, "prompt_tokens", None),
@@ -455,5 +491,9 @@ def _answer(completion: Any) -> Answer:
     )
 
 
-def _code(error: Any) -> str | None:
-    return error.code if isinstance(error.code, str) else None
+def _rejected(error: Any) -> str | None:
+    """Why the server rejects this prompt for itself, in a word, or None."""
+    if error.status_code not in (400, 413, 422):
+        return None
+    word = next((word for word in (error.code, error.type) if isinstance(word, str) and word in _REJECTED), None)
+    return word or ("context_length_exceeded" if _TOO_LONG.search(str(error)) else None)

@@ -15,6 +15,9 @@ import hashlib
 import json
 import os
 import re
+import shlex
+import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -215,10 +218,12 @@ def _unreachable(config: HubSection, names: Sequence[str], root: Path, error: Ex
 
 
 def _command(config: HubSection, names: Sequence[str], folder: Path) -> str:
-    wanted = [f"--include '{name}'" if "*" in name else name for name in names]
+    # The command takes names or patterns, not both.
+    patterns = any(set(name) & set("*?[") for name in names)
+    wanted = [f"--include {shlex.quote(name)}" if patterns else shlex.quote(name) for name in names]
     words = ["hf download", str(config.repo), *wanted, "--repo-type dataset"]
     words += [f"--revision {config.revision}"] if config.revision else []
-    return f"`{' '.join([*words, f'--local-dir {folder}'])}`"
+    return f"`{' '.join([*words, f'--local-dir {shlex.quote(str(folder))}'])}`"
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -297,7 +302,7 @@ def _read_json(path: Path) -> list[Row]:
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise RecordError(f"{path}: cannot be read: {error}; fetch the published file again") from None
     if text.startswith("version https://git-lfs"):
         raise RecordError(f"{path}: a pointer of Git LFS instead of the file; run `git lfs pull` where it was cloned")
@@ -306,7 +311,13 @@ def _read_json(path: Path) -> list[Row]:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise RecordError(f"{path}:{error.lineno}: not JSON: {error.msg}; fetch the published file again") from None
-        return [Row(f"{path}: row {number}", number, value) for number, value in enumerate(values)]
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"{path}: cannot be read: {error}; fetch the published file again") from None
+        return [
+            Row(where, number, _in_utf8(where, value) if _HALF.search(text) else value)
+            for number, value in enumerate(values)
+            for where in [f"{path}: row {number}"]
+        ]
     rows: list[Row] = []
     for line, part in enumerate(text.split("\n"), start=1):
         if part.strip():
@@ -315,7 +326,27 @@ def _read_json(path: Path) -> list[Row]:
             except json.JSONDecodeError as error:
                 message = f"not JSON: {error.msg}; expected a list, or one object a line"
                 raise RecordError(f"{path}:{line}: {message}") from None
+            except (ValueError, RecursionError) as error:
+                raise RecordError(f"{path}:{line}: cannot be read: {error}") from None
+            if _HALF.search(part):
+                _in_utf8(rows[-1].where, rows[-1].values)
     return rows
+
+
+# Half of a character outside the basic plane, as JSON escapes it.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _in_utf8(where: str, value: Any) -> Any:
+    """The value, or RecordError where a text in it cannot be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            f"{where}: expected texts of whole characters, found half a one ({error.object[error.start]!a}); leave the "
+            "row out or mend it"
+        ) from None
+    return value
 
 
 def _short(value: object) -> str:
@@ -373,8 +404,9 @@ def conversation_prompt(turns: Sequence[tuple[str, str]]) -> str:
 
 @lru_cache(maxsize=1 << 18)
 def prompt_key(prompt: str) -> str:
-    """What two prompts have in common that must share a split: the words, case aside (the text, if it has none)."""
-    return " ".join(re.findall(r"\w+", prompt.casefold())) or prompt.strip()
+    """What two prompts have in common that must share a split: letters and digits, case aside (the text, if it has
+    none)."""
+    return "".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", prompt).casefold())) or prompt.strip()
 
 
 def ranked(prompts: Iterable[str], seed: int) -> list[str]:

@@ -157,6 +157,7 @@ def resolve(config: PreferenceDatasetConfig, root: Path) -> tuple[PreferenceData
     """The files to train on and those to test on; ``local`` that names a file becomes its folder.
 
     Raises:
+        InputError: the local copy is not there.
         ConfigError: there is no pattern, a pattern matches no file, or a file is to train and to test on.
     """
     copy = local_copy(config, root)
@@ -164,6 +165,8 @@ def resolve(config: PreferenceDatasetConfig, root: Path) -> tuple[PreferenceData
         if config.files or config.test_files:
             raise ConfigError(f"source.files: expected no pattern, as {copy[0]} is one file, found {config.files}")
         return config.model_copy(update={"repo": None, "local": str(copy[0].parent)}), [copy[0].name], []
+    if copy and not copy[0].exists():
+        raise InputError(f"{copy[0]}: no such file or folder, although {copy[1]}; correct it, or put the data there")
     if not config.files:
         raise ConfigError(
             "source.files: expected at least one pattern of the files to read, such as data/train-*.parquet, found none"

@@ -19,6 +19,7 @@ the comparisons are the preferences; the long gold answer is what a judge reads.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import random
 import re
@@ -271,7 +272,7 @@ def fetch(file: QAFile, path: Path, timeout: float = 60.0) -> None:
     try:
         with urllib.request.urlopen(file.url, timeout=timeout) as response:
             content = response.read()
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise InputError(
             f"{file.url}: cannot be fetched ({error}); download it on a machine with network access and save it as "
             f"{path}, or set {FOLDER_VARIABLE} to a folder that holds {file.name}"

@@ -42,7 +42,7 @@ def run_benchmark(profile: Profile) -> None:
     decoded, only a phrase that begins its responses counts: a likelihood knows no best of several responses. All models
     are evaluated in one stage, because loading the harness takes longer than a small model's tasks.
     """
-    from fgalign.benchmarks.harness import ChatLM, Score, run_tasks, task_manager
+    from fgalign.benchmarks.harness import ChatLM, Score, load_tasks, run_tasks, task_manager
     from fgalign.core.modeling import RuntimeConfig, load_causal_lm, load_tokenizer, seed_workers, set_up, use_bf16
     from fgalign.decoding import read_decoding
     from fgalign.parallel import each_seed
@@ -52,6 +52,8 @@ def run_benchmark(profile: Profile) -> None:
     device = set_up(runtime)
     tokenizer = load_tokenizer(profile.model_folder("base"))
     manager = task_manager(config.tasks, config.local, profile.data / "benchmarks")
+    if set(config.tasks) > set(config.local):
+        load_tasks(manager, config.tasks)  # What is to be fetched is missed before any model is loaded.
 
     def one(item: tuple[str, int]) -> list[Score]:
         method, seed = item

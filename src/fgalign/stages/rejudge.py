@@ -50,7 +50,8 @@ def run_rejudge(profile: Profile, name: str) -> None:
     references = {record.id: record for record in read_truth(profile.data / "gold" / "test").references}
     pairs = read_records(profile.data / "raw" / "test" / "preferences.jsonl", Preference, empty_ok=True)
     if config.judge == "reward_model":
-        check_unseen(Path(options["folder"]), [record.prompt for record in references.values()], profile.root)
+        asked_about = [*(record.prompt for record in references.values()), *(pair.prompt for pair in pairs)]
+        check_unseen(Path(options["folder"]), asked_about, profile.root)
     rows = []
     for method in ("base", "sft", *profile.params["methods"]):
         samples = read_records(profile.data / "samples" / f"{method}.jsonl", Sample)

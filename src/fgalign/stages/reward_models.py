@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from fgalign.config import Profile
 from fgalign.core.raw_data import read_split
 from fgalign.core.schema import Edit, Preference, read_records
+from fgalign.errors import InputError
 from fgalign.evaluation.config import REWARD_MODELS, EvaluationConfig
 from fgalign.evaluation.truth import initial_marks, read_truth
 from fgalign.io import write_csv, write_json
@@ -17,13 +19,15 @@ if TYPE_CHECKING:
     from fgalign.evaluation.statistics import Parts
 
 TOKEN_AUROC = "token_auroc"
+R = TypeVar("R", Preference, Edit)
 
 
 def run_reward_models(profile: Profile) -> None:
     """reward_models: accuracy of every reward model on held-out pairs (``reward_models.csv``; pair by pair
     ``reward_pairs.csv``, where ``prompt`` is the first id about the same prompt), token metrics against the truth
     (their intervals over seeds and responses: ``token_intervals.csv``), rewards of initial, revised and reference
-    responses (``figa_data.csv``), examples for the picture (``token_examples.json``)."""
+    responses, gold answers where the source has them (``figa_data.csv``), examples for the picture
+    (``token_examples.json``)."""
 
     from fgalign.core.tokens import encode_response
     from fgalign.labels import label_edit
@@ -33,6 +37,7 @@ def run_reward_models(profile: Profile) -> None:
     held_out = HeldOut(profile)
     edits, pairs = held_out.edits, held_out.pairs
     references = {record.prompt: record for record in read_truth(profile.data / "gold" / "test").references}
+    answers = {prompt: record.gold or record.reference for prompt, record in references.items()}
 
     def one(seed: int) -> SeedScores:
         metrics: dict[str, dict[str, float]] = {}
@@ -59,11 +64,12 @@ def run_reward_models(profile: Profile) -> None:
                         _figa_row(edit.id, "revised", seed, scores.revised[row], len(pair.revised_ids), distance),
                     ]
                 with_reference = [
-                    (edit, pair, encode_response(held_out.tokenizer, references[edit.prompt].reference))
+                    (edit, pair, encode_response(held_out.tokenizer, answers[edit.prompt]))
                     for edit, pair in zip(edits, pairs, strict=True)
-                    if edit.prompt in references
+                    if answers.get(edit.prompt, edit.initial) != edit.initial
                 ]
-                # Edits may all be about other prompts than those with a reference (AlpacaFarm's are).
+                # None where all edits are about other prompts than those with a reference (AlpacaFarm's are), or where
+                # what is edited is the reference itself.
                 values = with_reference and held_out.score(
                     reward, [p.prompt_ids for _, p, _ in with_reference], [ids for *_, ids in with_reference]
                 )
@@ -132,8 +138,12 @@ class RewardScores(NamedTuple):
 
 
 class HeldOut:
-    """Test preferences and test edits (the first ``evaluation.pairs`` of each), to measure reward models with, and the
-    truth about the edits' initial responses, ``kinds`` and ``truth``, which are empty where the source has none."""
+    """Test preferences and test edits (``evaluation.pairs`` of each, see ``spread``), to measure reward models with;
+    and the truth about the edits' initial responses, ``kinds`` and ``truth``, empty where the source has none.
+
+    Raises:
+        InputError: the test split has no preferences.
+    """
 
     def __init__(self, profile: Profile) -> None:
         from fgalign.core.modeling import RuntimeConfig, load_tokenizer, seed_workers, set_up, use_bf16
@@ -148,9 +158,14 @@ class HeldOut:
         self.bf16 = use_bf16(runtime, self.device)
         self.workers = seed_workers(runtime, self.device)
         self.tokenizer = load_tokenizer(profile.model_folder("base"))
-        preferences = read_split(profile.data / "raw" / "test").preferences[: self.config.pairs]
+        preferences = spread(read_split(profile.data / "raw" / "test").preferences, self.config.pairs)
+        if not preferences:
+            raise InputError(
+                f"{profile.data / 'raw' / 'test' / 'preferences.jsonl'}: expected preferences to measure reward models "
+                "with, found none; use a source that has some in its test split"
+            )
         edits = read_records(profile.data / "edits" / "test.jsonl", Edit)
-        self.edits = with_tokens_changed(self.tokenizer, edits, "test")[: self.config.pairs]
+        self.edits = spread(with_tokens_changed(self.tokenizer, edits, "test"), self.config.pairs)
         self.pairs = label_edits(self.tokenizer, self.edits, profile.section("labels", LabelConfig))
         marks = initial_marks(profile.data / "gold" / "test")
         self.kinds = gold_types_of(self.tokenizer, self.edits, marks) if marks else []
@@ -250,6 +265,19 @@ def token_intervals(by_seed: Sequence[dict[tuple[str, str], Parts]]) -> list[dic
             ends = {"low": round(interval.low, 6), "high": round(interval.high, 6)}
             rows.append({"model": model, "metric": metric, **ends})
     return rows
+
+
+def spread(records: Sequence[R], count: int | None) -> list[R]:
+    """``count`` of the records (None: all), in their order, about as many prompts as possible: the first about each
+    prompt, then the second ones, and so on, because records about one prompt are not independent."""
+    if count is None or count >= len(records):
+        return list(records)
+    seen: Counter[str] = Counter()
+    rounds = []
+    for place, record in enumerate(records):
+        rounds.append((seen[record.prompt], place))
+        seen[record.prompt] += 1
+    return [records[place] for place in sorted(place for _, place in sorted(rounds)[:count])]
 
 
 def by_prompt(records: Sequence[Preference | Edit]) -> list[tuple[str, str]]:

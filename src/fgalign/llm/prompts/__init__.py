@@ -19,14 +19,17 @@ class Prompt:
     ``fields`` are the placeholders that the file has to have, each at least once, and no others.
 
     Raises:
-        ConfigError: the file is missing, or its placeholders are not ``fields``.
+        ConfigError: the file is missing or not text, or its placeholders are not ``fields``.
     """
 
     def __init__(self, name: str, fields: Iterable[str], path: str | Path | None = None) -> None:
         file = Path(path) if path is not None else Path(__file__).with_name(f"{name}.md")
         if not file.is_file():
             raise ConfigError(f"{file}: no such prompt file; expected one with the placeholders {_listed(fields)}")
-        self.text = _COMMENT.sub("", file.read_text(encoding="utf-8")).strip()
+        try:
+            self.text = _COMMENT.sub("", file.read_text(encoding="utf-8")).strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: expected a prompt file in UTF-8, found {error}; save it as UTF-8") from None
         found = set(_PLACEHOLDER.findall(self.text))
         if found != set(fields):
             raise ConfigError(f"{file}: expected the placeholders {_listed(fields)}, found {_listed(found) or 'none'}")
