@@ -595,6 +595,28 @@ def test_more_training_data_leaves_the_other_splits_as_they_are() -> None:
     assert small.splits["train"].preferences == more.splits["train"].preferences[:80]
 
 
+def test_a_redraw_gives_other_test_prompts_and_leaves_all_else() -> None:
+    small = {"n_train_corpus": 300, "n_test_prompts": 40, "n_test_preferences": 30}
+    first = build(SimulatorConfig(**small), Path())
+    again = build(SimulatorConfig(**small, test_redraws=2), Path())
+    for split in ("train", "validation"):
+        assert again.splits[split] == first.splits[split] and again.truth[split] == first.truth[split]
+    test = again.splits["test"]
+    assert [record.id for record in test.prompts] == [f"test-prompt-{number:05d}" for number in range(80, 120)]
+    assert [record.id for record in test.preferences] == [f"test-preference-{number:05d}" for number in range(60, 90)]
+    assert {record.id for record in again.truth["test"].references} == {
+        record.id for record in (*test.prompts, *test.preferences)
+    }
+    old = {
+        record.prompt
+        for data in (first, build(SimulatorConfig(**small, test_redraws=1), Path()))
+        for part in data.splits.values()
+        for record in (*part.prompts, *part.preferences, *part.demonstrations, *part.corpus)
+    }
+    new = [parse_prompt(record.prompt).fact_set for record in (*test.prompts, *test.preferences)]
+    assert len(set(new)) == 70 and not set(new) & {parse_prompt(prompt).fact_set for prompt in old}
+
+
 def test_every_rate_of_the_config_is_read() -> None:
     plain = build(SimulatorConfig(**SMALL), Path("x"))
     for field, value in {

@@ -52,6 +52,9 @@ class SimulatorConfig(Section):
     n_validation_preferences: Count = 300
     n_test_prompts: Positive = 200
     n_test_preferences: Count = 300
+    test_redraws: Count = 0
+    """How often the test split has been drawn anew, because results on the one before were seen while something was
+    settled. All other records stay as they are: the new ones are drawn after them."""
 
     novice_flaws: MeanFlaws = 2.4
     average_flaws: MeanFlaws = 1.4
@@ -69,6 +72,7 @@ class SimulatorConfig(Section):
         if self.novice_weight + self.average_weight + self.expert_weight == 0.0:
             raise ValueError("novice_weight, average_weight and expert_weight: all three are 0; one must be positive")
         wanted = sum(size for name, size in self if name.startswith("n_"))
+        wanted += self.test_redraws * (self.n_test_prompts + self.n_test_preferences)
         if wanted > MAX_RECORDS:
             raise ValueError(
                 f"{wanted} records need as many different sets of facts; to keep new ones easy to find, "
@@ -82,6 +86,7 @@ def build(config: SimulatorConfig, root: Path) -> RawData:
 
     No set of facts is used twice, in whatever split or kind. The test split is drawn first and the corpus last, and
     every record has a random stream of its own, so that a larger training set leaves validation and test as they are.
+    The test split of a redraw comes after all of these, and its numbers go on behind those of the draw before.
     """
     sizes: dict[tuple[Split, str], int] = {
         ("test", "prompt"): config.n_test_prompts,
@@ -101,6 +106,14 @@ def build(config: SimulatorConfig, root: Path) -> RawData:
         for number in range(size):
             name = f"{split}-{kind}-{number:05d}"
             _add_record(config, data, split, kind, name, next(briefs), random.Random(f"{config.seed}/{name}"))
+    for draw in range(1, config.test_redraws + 1):
+        data.splits["test"], data.truth["test"] = RawSplit(), Truth()
+        for kind in ("prompt", "preference"):
+            size = sizes["test", kind]
+            briefs = _new_briefs(random.Random(f"{config.seed}/test/{kind}/briefs/{draw}"), used)
+            for number in range(draw * size, (draw + 1) * size):
+                name = f"test-{kind}-{number:05d}"
+                _add_record(config, data, "test", kind, name, next(briefs), random.Random(f"{config.seed}/{name}"))
     return data
 
 
