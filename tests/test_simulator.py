@@ -494,7 +494,7 @@ def test_sizes_ids_and_truth(default_data: RawData) -> None:
 
 def test_no_set_of_facts_is_used_twice(default_data: RawData) -> None:
     fact_sets = [
-        world.parse_prompt(record.prompt).fact_set
+        world.world.parse_prompt(record.prompt).fact_set
         for raw in default_data.splits.values()
         for record in (*raw.prompts, *raw.corpus, *raw.demonstrations, *raw.preferences)
     ]
@@ -613,8 +613,8 @@ def test_a_redraw_gives_other_test_prompts_and_leaves_all_else() -> None:
         for part in data.splits.values()
         for record in (*part.prompts, *part.preferences, *part.demonstrations, *part.corpus)
     }
-    new = [parse_prompt(record.prompt).fact_set for record in (*test.prompts, *test.preferences)]
-    assert len(set(new)) == 70 and not set(new) & {parse_prompt(prompt).fact_set for prompt in old}
+    new = [world.parse_prompt(record.prompt).fact_set for record in (*test.prompts, *test.preferences)]
+    assert len(set(new)) == 70 and not set(new) & {world.parse_prompt(prompt).fact_set for prompt in old}
 
 
 def test_every_rate_of_the_config_is_read() -> None:
