@@ -460,10 +460,12 @@ def test_training_widens_the_margin(kind, context, tokenizer):
     assert margin(load_causal_lm(context.out)) > margin(load_causal_lm(context.model("sft"))) + 1
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", [*RUNS, "simpo"])
 def test_lora(kind, context):
-    lora = {"r": 2, "alpha": 4}
-    get_method(kind).run(context, config(kind, **RUNS[kind], optim={**OPTIM, "max_steps": 2, "lora": lora}))
+    optim = {**OPTIM, "max_steps": 2, "lora": {"r": 2, "alpha": 4}}
+    method = get_method(kind)
+    simpo = parse_section({"kind": "simpo", "optim": optim}, method.Config, "here") if kind == "simpo" else None
+    method.run(context, simpo or config(kind, **RUNS[kind], optim=optim))
     before, after = load_causal_lm(context.model("sft")).state_dict(), load_causal_lm(context.out).state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("_proj" in name for name in moved)
@@ -616,3 +618,59 @@ def test_ppo_counts_what_it_trains_on(context, profile, tokenizer):
 def test_the_kinds():
     assert {"supervised", "dpo", "rrhf", "coh", "best_of_n", "expert_iteration"} < set(METHODS)
     assert figa.Config.model_fields["optim"].annotation is OptimConfig
+
+
+# --- options that all share -------------------------------------------------------------------------------------------
+
+
+def test_dropout_that_dpo_would_turn_off_is_refused(context):
+    with pytest.raises(ConfigError, match=r"methods\.mine\.optim\.lora\.dropout: expected 0, .* found 0\.1"):
+        dpo.run(context, config("dpo", optim={**OPTIM, "lora": {"dropout": 0.1}}))
+
+
+@pytest.mark.parametrize("kind", ["rrhf", "figa"])
+def test_what_is_too_long_is_found_before_training(context, kind):
+    options = {"needs": "rm_preference"} if kind == "figa" else {}
+    with pytest.raises(
+        InputError, match=r"pair '0'.*: prompt and response have \d+ tokens, more than max_length 8; raise"
+    ):
+        get_method(kind).run(context, config(kind, max_length=8, **options))
+
+
+def test_weights_that_are_not_finite_after_few_steps_are_no_model(context):
+    # Three steps: the loss is logged every five.
+    with pytest.raises(TrainingError, match=r"mine seed 1: .* is not finite after 3 steps"):
+        rrhf.run(context, config("rrhf", optim={**OPTIM, "learning_rate": 1e38}))
+    assert not list(context.out.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1000])
+def test_a_constant_rate_has_its_warm_up(context, tmp_path, max_tokens):
+    optim = OptimConfig(**{**OPTIM, "warmup_steps": 4, "max_tokens": max_tokens})
+    arguments = training.trainer_arguments(optim, output_dir=tmp_path, seed=1, device="cpu", bf16=False)
+    assert (arguments["lr_scheduler_type"], arguments["warmup_steps"]) == ("constant_with_warmup", 4)
+
+
+def test_what_reads_like_a_special_token_in_a_response_is_text(tokenizer):
+    eos = tokenizer.eos_token
+    ids = encode_response(tokenizer, f"the cat {eos} sat")
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:-1]).strip() == f"the cat {eos} sat"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"learning_rat": 1.0}, r"trainer\.learning_rat: no such key; known keys: updates, "),
+        ({"seed": 3}, r"trainer\.seed: no such key"),
+    ],
+)
+def test_a_slip_in_ppos_section_is_refused(trainer, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_section({"kind": "ppo", "needs": "rm_token", "trainer": trainer}, get_method("ppo").Config, "here")
+
+
+def test_ppos_settings_have_the_trainers_defaults():
+    section = {"kind": "ppo", "needs": "rm_token", "trainer": {"updates": 3}}
+    found = parse_section(section, get_method("ppo").Config, "here")
+    assert (found.setting("updates"), found.setting("response_length")) == (3, 48)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,62 @@ def test_pair_longer_than_allowed(make_trainer, pairs):
     make_trainer(max_length=longest).data_collator(pairs)
     with pytest.raises(TrainingError, match=rf"pair '7': prompt and .* response have {longest} tokens, more than"):
         make_trainer(max_length=longest - 1).data_collator(pairs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"revised_labels": [1]}, "pair '0': revised_labels: expected one for each of the .* tokens .*, found 1$"),
+        ({"initial_labels": None}, "pair '0': initial_labels: expected one .*, found none$"),
+        ({"revised_scales": [1.0]}, "pair '0': revised_scales: expected one .*, found 1$"),
+        ({"initial_scales": [1.0]}, "pair '0': revised_scales: expected one .*, found none$"),
+    ],
+)
+def test_a_pair_needs_a_label_a_token(make_trainer, pairs, changes, message):
+    with pytest.raises(TrainingError, match=message):
+        make_trainer().data_collator([{**pairs[0], **changes}])
+
+
+def test_a_model_that_would_round_its_steps_away_is_refused(make_trainer, make_model):
+    with pytest.raises(ConfigError, match=r"model: expected float32 .*found torch\.bfloat16"):
+        make_trainer(make_model().to(torch.bfloat16))
+
+
+def test_a_tokenizer_without_padding_is_refused(make_model, pairs, tmp_path):
+    tokenizer = SimpleNamespace(pad_token_id=None, eos_token_id=1)
+    with pytest.raises(ConfigError, match="tokenizer: expected one with a padding token"):
+        FIGATrainer(make_model(), FIGAConfig(output_dir=str(tmp_path)), pairs, tokenizer)
+
+
+def test_an_evaluation_has_a_loss(make_trainer, pairs):
+    trainer = make_trainer(data=pairs[:4], per_device_eval_batch_size=4)
+    with torch.no_grad():
+        batch = trainer.data_collator(pairs[4:])
+        expected = trainer.loss(trainer.model.eval(), batch).loss
+    assert trainer.evaluate(pairs[4:])["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_step_is_divided_by_what_it_weighs_with_dropout_too(make_trainer, make_model, tokenizer, monkeypatch):
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = make_model(vocab_size=len(tokenizer), attention_dropout=0.6, **ids)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 3}
+    trainer = make_trainer(model, threshold=5.63, **options)
+    counted, weighed = [], []
+    get, log = trainer.get_batch_samples, trainer.log
+
+    def get_batch_samples(*args):
+        batches, count = get(*args)
+        counted.append(count.item())
+        return batches, count
+
+    def keep(logs, *args):
+        weighed.extend([trainer._counts["figa/weighted_tokens"]] if "loss" in logs else [])
+        log(logs, *args)
+
+    monkeypatch.setattr(trainer, "get_batch_samples", get_batch_samples)
+    monkeypatch.setattr(trainer, "log", keep)
+    trainer.train()
+    assert counted[:3] == weighed
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------

@@ -131,6 +131,8 @@ def test_only_labels_of_changed_tokens(tokenizer):
         ([" ", "a"], [0, 1]),
         (["x.", "y"], [0, 1]),  # a full stop at the seam
         (["", "a"], [0, 1]),
+        (["caf", "\ufffd", "\ufffd", " is"], [0, 0, 0, 1]),  # two bytes of one letter belong to its word
+        (["\ufffd", "\ufffd", "\ufffd", "."], [0, 0, 0, 1]),
         ([], []),
     ],
 )

@@ -54,7 +54,6 @@ class PretrainedConfig(Section):
     gguf_file: str | None = None
     chat_template: str | None = None
     """Takes the place of the tokenizer's; needed where it has none."""
-    max_length: int = 512
 
 
 def portable_arithmetic() -> None:
@@ -170,8 +169,13 @@ def build_pretrained(config: PretrainedConfig, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if (config.name is None) == (config.package is None or config.gguf_file is None):
-        raise ConfigError("base_model: expected either `name`, or `package` with `gguf_file`")
+    packaged = {"package": config.package, "gguf_file": config.gguf_file}
+    given = [key for key, value in packaged.items() if value is not None]
+    if given != ([] if config.name is not None else [*packaged]):
+        found = ", ".join([*(["name"] if config.name is not None else []), *given]) or "neither"
+        raise ConfigError(f"base_model: expected either `name`, or `package` with `gguf_file`, found {found}")
+    if config.package is not None and config.revision is not None:
+        raise ConfigError("base_model.revision: expected only with `name`; a package has its version")
     if config.name is not None:
         where, arguments = config.name, {"revision": config.revision}
     else:

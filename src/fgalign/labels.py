@@ -83,7 +83,8 @@ def word_numbers(token_texts: Sequence[str]) -> list[int]:
     numbers: list[int] = []
     for position, text in enumerate(token_texts):
         previous = token_texts[position - 1] if position else ""
-        joins = previous[-1:].isalnum() and text[:1].isalnum()
+        # Part of a character is text that no one token has; its neighbours are in its word.
+        joins = all(edge.isalnum() or edge == "\ufffd" for edge in (previous[-1:], text[:1]))
         numbers.append(numbers[-1] + (not joins) if numbers else 0)
     return numbers
 

@@ -414,7 +414,8 @@ def problems(profile: Profile, plan: PlanSection, found: list[Estimate]) -> Iter
         sections[name] = config.model_dump()
         if config.kind != "ppo":
             continue
-        trainer = {"microbatch_size": None, **config.trainer}
+        names = ("microbatch_size", "response_length", "rollout_batch_size", "minibatch_size")
+        trainer = {key: config.setting(key) for key in names}
         if trainer["response_length"] >= config.max_length:
             yield (
                 f"{name}: max_length {config.max_length} leaves no room for a prompt before response_length "

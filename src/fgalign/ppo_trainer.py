@@ -393,6 +393,11 @@ class FineGrainedPPOTrainer:
         from accelerate import Accelerator
 
         check_config(args)
+        if processing_class.pad_token_id in (None, processing_class.eos_token_id):
+            raise ConfigError(
+                f"tokenizer: expected a padding token beside the end-of-sequence token, found "
+                f"{processing_class.pad_token!r}; set `tokenizer.pad_token` to another token"
+            )
         if (args.value_model == "separate") != (value_model is not None):
             given = "none" if value_model is None else "one"
             raise ConfigError(f"value_model: {args.value_model!r} in args, but {given} given")

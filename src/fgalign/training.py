@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from fgalign.config import Section
 from fgalign.core.modeling import attend_in_float32, compile_layers, full_state, is_sharded, save_model
-from fgalign.errors import ConfigError, TrainingError
+from fgalign.core.schema import LabelledPair
+from fgalign.errors import ConfigError, InputError, TrainingError
 from fgalign.parallel import is_main_process, process_count, progress
 from fgalign.tracking import Run
 
@@ -65,6 +66,7 @@ class OptimConfig(Section):
 
 def trainer_arguments(optim: OptimConfig, *, output_dir: Path, seed: int, device: str, bf16: bool) -> dict[str, Any]:
     """Keyword arguments of ``transformers.TrainingArguments`` and TRL's configs for one training."""
+    falls = optim.schedule in ("linear", "cosine")
     return {
         "output_dir": str(output_dir),
         "seed": seed,
@@ -75,8 +77,9 @@ def trainer_arguments(optim: OptimConfig, *, output_dir: Path, seed: int, device
         "per_device_train_batch_size": optim.batch_size,
         "gradient_accumulation_steps": optim.accumulation,
         "warmup_steps": optim.warmup_steps,
-        # Over a budget of tokens ``train`` lays the schedule out, over its factors for the warm-up.
-        "lr_scheduler_type": optim.schedule if optim.max_tokens is None else "constant_with_warmup",
+        # Over a budget of tokens ``train`` lays the schedule out, over its factors for the warm-up. What transformers
+        # calls constant leaves the warm-up out.
+        "lr_scheduler_type": optim.schedule if falls and not optim.max_tokens else "constant_with_warmup",
         "weight_decay": optim.weight_decay,
         "adam_beta2": optim.adam_beta2,
         "max_grad_norm": optim.max_grad_norm,
@@ -151,12 +154,32 @@ def row_length(row: Mapping[str, Any]) -> int:
     return prompt + max((length for name, length in lengths.items() if not name.startswith("prompt")), default=0)
 
 
+def check_lengths(rows: Iterable[tuple[str, int]], max_length: int) -> None:
+    """Raise InputError, before any training, where a row (what it is, its tokens) is longer than ``max_length``."""
+    for what, tokens in rows:
+        if tokens > max_length:
+            raise InputError(
+                f"{what}: prompt and response have {tokens} tokens, more than max_length {max_length}; raise it or "
+                "shorten the data"
+            )
+
+
+def pair_lengths(pairs: Sequence[LabelledPair]) -> Iterator[tuple[str, int]]:
+    """Rows of ``check_lengths``: both sides of labelled pairs, each with its prompt."""
+    for pair in pairs:
+        for side, ids in (("initial", pair.initial_ids), ("revised", pair.revised_ids)):
+            yield f"pair {pair.id!r}, {side} side", len(pair.prompt_ids) + len(ids)
+
+
 def train(trainer: Trainer, run: Run, title: str, optim: OptimConfig) -> dict[str, int]:
     """Train with a bar and a tracked run instead of the trainer's own printing, to the end of the token budget if
     ``optim`` has one. The trainer's arguments are those that ``trainer_arguments`` made of ``optim``.
 
     Returns:
         ``training_tokens`` and ``gradient_updates``, as ``Context.spend`` takes them.
+
+    Raises:
+        TrainingError: a logged loss, or a weight at the end, that is not finite.
     """
     rows, length = trainer.train_dataset, trainer.args.length_column_name
     if optim.sampling == "group_by_length" and not {"input_ids", length} & set(rows.column_names):
@@ -172,6 +195,14 @@ def train(trainer: Trainer, run: Run, title: str, optim: OptimConfig) -> dict[st
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(run, title, optim.max_tokens, optim.schedule))
     trainer.train()
+    # The last steps' losses may never have been logged.
+    for name, parameter in trainer.model.named_parameters():
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if parameter.requires_grad and not bool(own.isfinite().all()):
+            raise TrainingError(
+                f"{title}: {name} is not finite after {trainer.state.global_step} steps; lower the learning rate or "
+                "look at the data"
+            )
     return {"training_tokens": trainer.state.num_input_tokens_seen, "gradient_updates": trainer.state.global_step}
 
 

@@ -29,8 +29,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """Token ids of a response with the end-of-sequence token at its end."""
-    return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    """Token ids of a response with the end-of-sequence token at its end; what reads like a special token in the
+    response is text."""
+    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -50,7 +52,8 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_spe
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, response: str) -> list[tuple[int, int]]:
     """Character range (start, end) in ``response`` of each token of ``encode_response``; the end token's is empty."""
-    offsets = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    offsets = tokenizer(response, **options, return_offsets_mapping=True)["offset_mapping"]
     return [*(tuple(pair) for pair in offsets), (len(response), len(response))]
 
 

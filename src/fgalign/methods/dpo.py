@@ -13,7 +13,7 @@ from fgalign.context import Context
 from fgalign.core.modeling import load_causal_lm
 from fgalign.core.schema import Preference
 from fgalign.core.tokens import encode_prompt, encode_response
-from fgalign.errors import InputError
+from fgalign.errors import ConfigError, InputError
 from fgalign.training import OptimConfig, peft_config, save_trained, train, trainer_arguments
 
 
@@ -62,8 +62,17 @@ def preference_rows(tokenizer: Any, pairs: list[Preference], max_length: int) ->
 
 
 def run(context: Context, config: Config) -> None:
-    """Train DPO from the SFT model on the preferences of the training split."""
+    """Train DPO from the SFT model on the preferences of the training split.
+
+    Raises:
+        ConfigError: dropout in the adapter, which TRL's trainer would turn off without a word.
+    """
     optim = config.optim
+    if optim.lora and optim.lora.dropout:
+        raise ConfigError(
+            f"methods.{context.stage}.optim.lora.dropout: expected 0, because DPO compares with a reference and TRL "
+            f"trains it without dropout, found {optim.lora.dropout}"
+        )
     arguments = trainer_arguments(
         optim, output_dir=context.out, seed=context.seed, device=context.device.type, bf16=context.bf16
     )

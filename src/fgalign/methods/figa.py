@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 
 from fgalign.config import Section
 from fgalign.context import Context
-from fgalign.core.modeling import load_causal_lm
+from fgalign.core.modeling import check_float32, load_causal_lm
 from fgalign.core.schema import BAD, GOOD, LabelledPair
 from fgalign.core.tensor_ops import pad, token_logps
 from fgalign.core.tokens import encode_response
@@ -39,7 +39,16 @@ from fgalign.losses.figa import (
     revised_weights,
     scored_labels,
 )
-from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
+from fgalign.training import (
+    OptimConfig,
+    add_lora,
+    check_lengths,
+    pair_lengths,
+    peft_config,
+    save_trained,
+    train,
+    trainer_arguments,
+)
 
 
 @dataclass
@@ -74,20 +83,32 @@ class FIGACollator:
     gamma: float
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate; a pair longer than ``max_length`` is a TrainingError."""
+        """Collate; a pair longer than ``max_length``, or without a label (and scale) for each token, is a
+        TrainingError."""
         ids, labels, is_revised, scales = [], [], [], []
+        columns = {f"{side}_labels" for side in ("revised", "initial")}
+        if any(f"{side}_scales" in example for example in examples for side in ("revised", "initial")):
+            columns |= {f"{side}_scales" for side in ("revised", "initial")}
         for side in ("revised", "initial"):
             for example in examples:
                 row = [*example["prompt_ids"], *example[f"{side}_ids"]]
                 if len(row) > self.max_length:
                     raise TrainingError(
                         f"pair {example.get('id')!r}: prompt and {side} response have {len(row)} tokens, more than "
-                        f"max_length {self.max_length}; raise it or shorten the prompt"
+                        f"max_length {self.max_length}; raise it or shorten the data"
                     )
+                for column in (f"{side}_labels", f"{side}_scales"):
+                    given = example.get(column)
+                    if column in columns and (given is None or len(given) != len(example[f"{side}_ids"])):
+                        found = "none" if given is None else str(len(given))
+                        raise TrainingError(
+                            f"pair {example.get('id')!r}: {column}: expected one for each of the "
+                            f"{len(example[f'{side}_ids'])} tokens of {side}_ids, found {found}"
+                        )
                 ids.append(row)
                 labels.append([0] * len(example["prompt_ids"]) + list(example[f"{side}_labels"]))
                 is_revised.append([side == "revised"])
-                if "revised_scales" in example:
+                if f"{side}_scales" in columns:
                     scales.append([0.0] * len(example["prompt_ids"]) + list(example[f"{side}_scales"]))
         lengths = torch.tensor([len(row) for row in ids]).unsqueeze(1)
         starts = torch.tensor([len(example["prompt_ids"]) for example in examples] * 2).unsqueeze(1)
@@ -119,7 +140,8 @@ class FIGATrainer(Trainer):
     divides within each micro-batch, which changes the loss).
 
     Raises:
-        TrainingError: a loss that is not finite, a pair longer than ``max_length``.
+        ConfigError: weights that are not float32, a tokenizer without a padding token.
+        TrainingError: a loss that is not finite, a pair that ``FIGACollator`` refuses.
     """
 
     def __init__(
@@ -133,6 +155,8 @@ class FIGATrainer(Trainer):
     ) -> None:
         if args.threshold_reading not in ("nll", "probability"):
             raise ConfigError(f"threshold_reading: expected 'nll' or 'probability', found {args.threshold_reading!r}")
+        if processing_class.pad_token_id is None:
+            raise ConfigError("tokenizer: expected one with a padding token, found none; set `tokenizer.pad_token`")
         collator = FIGACollator(
             pad_token_id=processing_class.pad_token_id,
             eos_token_id=processing_class.eos_token_id,
@@ -149,6 +173,8 @@ class FIGATrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        check_float32(self.model)
+        self.label_names = ["weights"]  # so that an evaluation knows that there is a loss
         # One process trains on one GPU: the columns that reach the output layer are not rows that could be scattered.
         self.args._n_gpu = min(self.args.n_gpu, 1)
         # The loss is normalised here, over the whole step; the parent must not divide it by the accumulation again
@@ -208,7 +234,9 @@ class FIGATrainer(Trainer):
         if len(batches) == 1 and self.args.world_size == 1:
             return batches, None
         count = torch.zeros((), device=self.args.device)
-        with torch.no_grad():
+        # Dropout, if the model has any, then drops the same in the passes that train.
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
             for batch in batches:
                 count += self.loss(self.model, self._prepare_inputs(batch)).weighted_tokens
         # Data-parallel training averages gradients over processes: the share of each is the mean count.
@@ -459,7 +487,9 @@ def run(context: Context, config: Config) -> None:
         rewards = pair_rewards(pairs, context, config)
     kept = chosen_pairs(len(pairs), rewards, config, context.stage)
     rewards = rewards and tuple(side[kept] for side in rewards)
-    rows = training_rows([pairs[index] for index in kept], rewards, context, config)
+    kept_pairs = [pairs[index] for index in kept]
+    check_lengths(pair_lengths(kept_pairs), config.max_length)
+    rows = training_rows(kept_pairs, rewards, context, config)
     context.run.log({"pairs": len(every), "pairs_kept": len(rows)})
     arguments = trainer_arguments(
         config.optim, output_dir=context.out, seed=context.seed, device=context.device.type, bf16=context.bf16

@@ -8,6 +8,7 @@ While it trains, the policy answers a fixed set of validation prompts now and th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,9 @@ from fgalign.parallel import process_count, progress
 from fgalign.ppo_trainer import FineGrainedPPOConfig, FineGrainedPPOTrainer
 from fgalign.rewards import load_reward, response_scores
 from fgalign.training import LoraSection, OptimConfig, peft_config
+
+SET_BY_RUN = ("output_dir", "seed", "bf16", "use_cpu", "vllm_max_length")
+"""Fields of ``FineGrainedPPOConfig`` that the profile sets elsewhere."""
 
 
 class CurveConfig(Section):
@@ -50,8 +54,16 @@ class Config(Section):
     max_length: int = 512
     """Longest prompt and response together, in tokens."""
 
+    def setting(self, name: str) -> Any:
+        """A field of the trainer's arguments: the profile's, or its default."""
+        return self.trainer.get(name, getattr(FineGrainedPPOConfig, name))
+
     @model_validator(mode="after")
     def _comparable(self) -> Config:
+        known = [field.name for field in fields(FineGrainedPPOConfig) if field.name not in SET_BY_RUN]
+        for key in self.trainer:
+            if key not in known:
+                raise ValueError(f"trainer.{key}: no such key; known keys: {', '.join(known)}")
         if self.curve.advantages and self.trainer.get("advantage") == "group":
             raise ValueError("curve.advantages: expected false with advantage group, whose responses come in groups")
         return self
@@ -64,7 +76,7 @@ class CurveRecorder:
         self.context, self.config = context, config
         self.prompts, self.encoded = prompts, encoded
         generator = torch.Generator().manual_seed(context.seed)
-        self.uniform = uniforms(len(prompts), config.trainer["response_length"], generator)
+        self.uniform = uniforms(len(prompts), config.setting("response_length"), generator)
         self.samples: list[CurveSample] = []
 
     @torch.no_grad()
@@ -109,7 +121,7 @@ class CurveRecorder:
 def run(context: Context, config: Config) -> None:
     """Align the SFT model by PPO on the prompts of the training split."""
     trainer_config = {**config.trainer}
-    length = trainer_config["response_length"]
+    length = config.setting("response_length")
     encoded = {}
     for split in ("train", "validation"):
         prompts = context.split(split).prompts
@@ -120,7 +132,7 @@ def run(context: Context, config: Config) -> None:
     records, validation = (part[: config.curve.prompts] for part in encoded["validation"])
     recorder = CurveRecorder(context, config, records, validation)
     title = f"{context.stage} seed {context.seed}"
-    with progress(trainer_config["updates"], title, "update") as bar:
+    with progress(config.setting("updates"), title, "update") as bar:
 
         def log(statistics: Mapping[str, float], update: int) -> None:
             context.run.log(statistics, update)

@@ -22,7 +22,7 @@ from fgalign.errors import TrainingError
 from fgalign.losses.rrhf import RrhfLoss, rrhf_loss
 from fgalign.rewards import load_reward
 from fgalign.rewards.scoring import score_responses
-from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
+from fgalign.training import OptimConfig, add_lora, check_lengths, peft_config, save_trained, train, trainer_arguments
 
 
 class Config(Section):
@@ -82,6 +82,7 @@ class RRHFTrainer(Trainer):
     def __init__(self, *args: Any, rank_weight: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rank_weight = rank_weight
+        self.label_names = ["scores"]  # so that an evaluation knows that there is a loss
         # Each micro-batch gives a mean, so the parent divides by the accumulation.
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
@@ -121,6 +122,14 @@ def candidate_rows(context: Context, config: Config) -> list[dict[str, Any]]:
         }
         for pair in context.split("train").preferences
     ]
+    check_lengths(
+        (
+            (f"pair {row['id']!r}", len(row["prompt_ids"]) + len(response))
+            for row in rows
+            for response in row["responses"]
+        ),
+        config.max_length,
+    )
     if config.ranking == "preference":
         return rows
     reward = load_reward(config.needs, context.model(config.needs), context.device)

@@ -15,7 +15,7 @@ from fgalign.core.modeling import load_causal_lm
 from fgalign.core.rollout import Rollout, as_rollout, response_logps
 from fgalign.core.tensor_ops import masked_mean
 from fgalign.core.tokens import encode_prompt, encode_response
-from fgalign.training import OptimConfig, save_trained, train, trainer_arguments
+from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
 
 
 class Config(Section):
@@ -57,7 +57,7 @@ def run(context: Context, config: Config) -> None:
         optim, output_dir=context.out, seed=context.seed, device=device.type, bf16=context.bf16
     )
     rows = Dataset.from_list([pair.model_dump() for pair in context.split("train").preferences])
-    model = load_causal_lm(context.model("sft"), device)
+    model = add_lora(load_causal_lm(context.model("sft"), device), peft_config(optim, "CAUSAL_LM"))
     trainer = SimPOTrainer(model, TrainingArguments(**arguments), collate, rows)
     trainer.model_accepts_loss_kwargs = False  # each micro-batch gives a mean, so the parent divides by their number
     context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", optim))

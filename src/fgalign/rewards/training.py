@@ -16,9 +16,17 @@ from fgalign.core.modeling import load_sequence_reward_model, load_token_reward_
 from fgalign.core.schema import LabelledPair
 from fgalign.core.tensor_ops import pad
 from fgalign.core.tokens import encode_prompt, encode_response
-from fgalign.errors import InputError
 from fgalign.losses.token_reward import IGNORE, OUTPUTS, TokenLoss, inverse_frequency_weights, token_loss
-from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
+from fgalign.training import (
+    OptimConfig,
+    add_lora,
+    check_lengths,
+    pair_lengths,
+    peft_config,
+    save_trained,
+    train,
+    trainer_arguments,
+)
 
 
 class RewardSection(Section):
@@ -57,11 +65,12 @@ def train_sequence_model(context: Context, config: RewardSection, rows: list[dic
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    _check_lengths((ids for row in rows for ids in row.values()), config.max_length)
+    check_lengths((("reward model", len(ids)) for row in rows for ids in row.values()), config.max_length)
     model = load_sequence_reward_model(context.model(config.start), context.device, num_labels=1)
     trainer = RewardTrainer(
         model,
-        args=RewardConfig(**_arguments(context, config.optim), max_length=config.max_length),
+        # Dropout as in the token-level model's training, which is transformers' own.
+        args=RewardConfig(**_arguments(context, config.optim), max_length=config.max_length, disable_dropout=False),
         train_dataset=Dataset.from_list(rows),
         processing_class=context.tokenizer,
         peft_config=peft_config(config.optim, "SEQ_CLS"),
@@ -128,9 +137,7 @@ def train_token_model(context: Context, config: TokenRewardSection, pairs: list[
     """Train a token-level reward model on labelled pairs and save it."""
     from datasets import Dataset
 
-    _check_lengths(
-        (pair.prompt_ids + ids for pair in pairs for ids in (pair.initial_ids, pair.revised_ids)), config.max_length
-    )
+    check_lengths(pair_lengths(pairs), config.max_length)
     lora = peft_config(config.optim, "TOKEN_CLS")
     if lora is not None:
         # The new head is trained in full; peft leaves it out of "all-linear" by itself for sequence models only.
@@ -164,11 +171,3 @@ def _arguments(context: Context, optim: OptimConfig) -> dict[str, Any]:
     return trainer_arguments(
         optim, output_dir=Path(context.out), seed=context.seed, device=context.device.type, bf16=context.bf16
     )
-
-
-def _check_lengths(rows: Any, max_length: int) -> None:
-    longest = max(len(row) for row in rows)
-    if longest > max_length:
-        raise InputError(
-            f"reward model: a prompt with its response has {longest} tokens, more than max_length {max_length}"
-        )
