@@ -234,7 +234,8 @@ class FIGATrainer(Trainer):
         if len(batches) == 1 and self.args.world_size == 1:
             return batches, None
         count = torch.zeros((), device=self.args.device)
-        # Dropout, if the model has any, then drops the same in the passes that train.
+        # Dropout, if the model has any, drops the same as in the passes that train.
+        self.model.train()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             for batch in batches:
