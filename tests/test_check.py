@@ -15,6 +15,7 @@ from fgalign.report.check import compare_cells, format_report, passes
 
 ROOT = Path(__file__).resolve().parents[1]
 OLD = Cell("figa", "win_rate", 50.0, 45.0, 55.0, (1, 2, 3))
+VERDICT = Cell("figa_beats_sft", "verdict", 1.0, seeds=(1, 2, 3))
 
 
 def changed(**changes):
@@ -35,20 +36,30 @@ def changed(**changes):
         (OLD, changed(seeds=(1, 2)), "other seeds"),
         (OLD, None, "only committed"),
         (None, OLD, "only rebuilt"),
-        # No interval: the data alone decide, and a change is a difference.
+        # No seeds and no interval: the data alone decide, and a change is a difference.
+        (changed(low=None, high=None, seeds=()), changed(low=None, high=None, seeds=()), "exact"),
+        (changed(low=None, high=None, seeds=()), changed(mean=50.1, low=None, high=None, seeds=()), "differs"),
+        # One seed has no interval, and says nothing of others.
         (changed(low=None, high=None), changed(low=None, high=None), "exact"),
-        (changed(low=None, high=None), changed(mean=50.1, low=None, high=None), "differs"),
+        (changed(low=None, high=None), changed(mean=50.1, low=None, high=None), "no interval"),
         # A lower bound is open above.
         (changed(high=None), changed(mean=99.0, high=None), "within"),
         (changed(high=None), changed(mean=44.0, high=None), "differs"),
-        # A method that has no spread between its seeds allows none.
-        (changed(low=50.0, high=50.0), changed(mean=50.1, low=50.0, high=50.0), "differs"),
+        (OLD, changed(high=None), "differs"),
+        (changed(high=None), OLD, "differs"),
+        # Neither do seeds that all gave the same number.
+        (changed(low=50.0, high=50.0), changed(mean=50.1, low=50.0, high=50.0), "no interval"),
+        (changed(low=50.0, high=50.0), changed(low=48.0, high=52.0), "exact"),
+        # A verdict may move to its neighbour.
+        (VERDICT, VERDICT, "exact"),
+        (VERDICT, replace(VERDICT, mean=0.0), "moved"),
+        (VERDICT, replace(VERDICT, mean=-1.0), "differs"),
     ],
 )
 def test_verdict(old, new, expected):
     row = compare_cells("t", [old] if old else [], [new] if new else [])[0]
     assert row.verdict == expected
-    assert passes([row]) == (expected in ("exact", "within"))
+    assert passes([row]) == (expected in ("exact", "within", "no interval", "moved"))
 
 
 def test_tolerance_is_half_the_committed_interval():
@@ -57,7 +68,9 @@ def test_tolerance_is_half_the_committed_interval():
 
     assert tolerance(OLD) == "5.0000"
     assert tolerance(changed(high=None)) == "at least 45.0000"
-    assert tolerance(changed(low=None, high=None)) == "exact"
+    assert tolerance(changed(low=None, high=None)) == "no interval"
+    assert tolerance(changed(low=None, high=None, seeds=())) == "exact"
+    assert tolerance(VERDICT) == "one step"
 
 
 def test_no_cells_do_not_pass():
@@ -160,11 +173,13 @@ def test_claims_are_checked_by_estimate_and_verdict(repository, check, capsys):
     assert "OK: 3 cells of figa_main claims: 3 exact" in capsys.readouterr().out
     path.write_text(claims_to_csv([replace(claim, estimate=6.0)]))
     assert check(["--table", "claims"]) == 0
-    # Another verdict is a difference even where the estimate lies within the committed interval.
     path.write_text(claims_to_csv([replace(claim, estimate=6.0, verdict="cannot tell")]))
+    assert check(["--table", "claims"]) == 0
+    assert "OK: 2 cells of claims: 0 exact, 1 within, 0 differs, 1 moved" in capsys.readouterr().out
+    # A verdict that turned round is a difference even where the estimate lies within the committed interval.
+    path.write_text(claims_to_csv([replace(claim, estimate=6.0, verdict="does not hold")]))
     assert check(["--table", "claims"]) == 1
-    out = capsys.readouterr().out
-    assert "2 cells of claims: 0 exact, 1 within, 1 differs" in out
+    assert "2 cells of claims: 0 exact, 1 within, 1 differs" in capsys.readouterr().out
     path.unlink()
     assert check(["--table", "claims"]) == 2
     assert "claims.csv: no such file; run `fgalign claims`" in capsys.readouterr().err

@@ -100,6 +100,15 @@ def test_estimate_and_detectable_effect_by_hand():
     assert detectable_effect(found.half_width, 0.025) == pytest.approx((6.205347 + 1.060660) * error, abs=1e-6)
 
 
+def test_seeds_that_coincide_decide_nothing():
+    found = estimate(np.full((3, 1), 40.0), np.zeros((3, 1)), limit=100.0)
+    # Three seeds: 1 - 0.025^(1/3) = 0.707598 of the way to each limit.
+    assert (found.low, found.high) == pytest.approx((40 - 0.7075982 * 140, 40 + 0.7075982 * 60))
+    assert found.p_value == 0.25
+    none = estimate(np.zeros((4, 1)), np.zeros((4, 1)), limit=100.0)
+    assert judge([none], [5.0])[0][:2] == (1.0, "cannot tell")
+
+
 def test_holm_and_the_level_of_each_claim_by_hand():
     levels = []
 

@@ -255,8 +255,22 @@ def test_p_value_and_interval_agree_about_zero():
 def test_what_prompts_share_does_not_widen_a_paired_interval():
     # a and b differ by exactly 1 on prompts of very different difficulty.
     base = np.array([[0.0, 100, -50], [3, 90, 7]])
-    assert paired_interval(base + 1, base) == (1, 1, 1, 0)
+    assert paired_interval(base + 1, base) == (1, 1, 1, 0.25)  # the sign test's 2 / 2^3
     assert paired_interval(base, base) == (0, 0, 0, 1)
+
+
+def test_differences_of_seeds_that_coincide_are_weak_evidence():
+    # One value a seed: the sign test of 3 seeds is 2 / 2^3; of many it is strong.
+    assert paired_interval([[40.0]] * 3, [[0.0]] * 3).p_value == 0.25
+    assert paired_interval([[40.0]] * 12, [[0.0]] * 12).p_value == 2.0**-11
+
+
+def test_a_share_of_tokens_without_spread_has_the_exact_binomial_interval():
+    parts = ratio_parts([1, 1, 1], [1, 1, 1], [0, 1, 2], 50)
+    # 0.025^(1/3) = 0.292402: three responses of three.
+    assert parts_interval([parts]) == pytest.approx((1.0, 0.2924018, 1.0))
+    nothing = ratio_parts([0, 0, 0], [1, 1, 1], [0, 1, 2], 50)
+    assert parts_interval([nothing, nothing]) == pytest.approx((0.0, 0.0, 0.7075982))
 
 
 def test_paired_interval_refuses_other_shapes_and_nan():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -21,9 +21,9 @@ class EvaluationConfig(Section):
     temperature: float = 1.0
     response_length: int = 48
     batch_size: int = 100
-    prompts: int | None = None
+    prompts: Annotated[int, Field(ge=2)] | None = None
     """The first so many test prompts (None: all)."""
-    pairs: int | None = None
+    pairs: Annotated[int, Field(ge=2)] | None = None
     """So many test preferences and test edits for the reward models (None: all), from as many prompts as possible."""
     examples: int = 4
     seed: int = 0

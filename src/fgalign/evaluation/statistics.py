@@ -134,6 +134,10 @@ def parts_interval(by_seed: Sequence[Parts], level: float = 0.95) -> Interval | 
     held = min(parts.responses for parts in by_seed)
     if held < 2:
         return None
+    values = np.asarray([parts.values for parts in by_seed])
+    if np.ptp(values) == 0:  # no spread to reckon with, such as 3 of 3: the exact binomial's, of responses
+        mean = float(values.flat[0])
+        return Interval(mean, *constant_interval(mean, held, level, (0.0, 1.0)))
     interval = crossed_interval([parts.values for parts in by_seed], level, max_freedom=held - 1)
     return Interval(interval.mean, max(interval.low, 0.0), min(interval.high, 1.0))
 
@@ -148,7 +152,8 @@ def paired_interval(
     """Interval of mean(a - b) by ``crossed_interval``'s model on the differences, and its two-sided p value.
 
     ``a`` and ``b`` have shape (seeds, prompts), with the same seeds and prompts in the same order. Differences that are
-    all equal leave no error to compare with: p is 1 when they are all 0, else 0.
+    all equal leave no error to compare with: p is 1 when they are all 0, else that of the sign test, 2^(1 - n) for n
+    prompts, or seeds where there is one prompt.
 
     With ``seed_variance`` (``pooled_seed_variance``) the variance between seeds is not estimated from this difference:
     MS_seeds becomes MS_res + 2 P v, with the degrees of freedom of v. Pooled over ``a`` and ``b`` alone it changes
@@ -166,8 +171,18 @@ def paired_interval(
     mean, error, freedom = _crossed(differences, seed_variance)
     reach = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
     interval = _interval(differences, mean, error, freedom, level, reach)
-    p_value = float(2 * stats.t.sf(abs(mean) / error, freedom)) if error > 0 else float(mean == 0)
+    if error > 0:
+        p_value = float(2 * stats.t.sf(abs(mean) / error, freedom))
+    else:
+        p_value = 1.0 if mean == 0 else min(1.0, 2.0 ** (1 - _units(differences)))
     return PairedInterval(*interval, p_value)
+
+
+def constant_interval(value: float, count: int, level: float, bounds: Bounds) -> tuple[float, float]:
+    """Interval of a mean where ``count`` values within ``bounds`` are all the same: the exact binomial's (Clopper and
+    Pearson 1934), see ``crossed_interval``."""
+    share = 1 - ((1 - level) / 2) ** (1 / count)
+    return value - share * (value - bounds[0]), value + share * (bounds[1] - value)
 
 
 def seed_interval(values: ArrayLike, level: float = 0.95, bounds: Bounds | None = None) -> Interval:
@@ -311,6 +326,11 @@ def _crossed(table: np.ndarray, seed_variance: SeedVariance | None = None) -> tu
     return mean, math.sqrt(total / table.size), max(freedom, float(min(free_seeds, free_prompts)))
 
 
+def _units(table: np.ndarray) -> int:
+    """The number of prompts, or of seeds where there is one prompt."""
+    return table.shape[1] if table.shape[1] > 1 else table.shape[0]
+
+
 def _interval(
     table: np.ndarray, mean: float, error: float, freedom: float, level: float, bounds: Bounds | None
 ) -> Interval:
@@ -324,8 +344,7 @@ def _interval(
                 f"values: expected values from {bounds[0]} to {bounds[1]}, found {table.min()} to {table.max()}"
             )
         if error == 0 and table.shape[1] > 1:
-            share = 1 - ((1 - level) / 2) ** (1 / table.shape[1])
-            low, high = mean - share * (mean - bounds[0]), mean + share * (bounds[1] - mean)
+            low, high = constant_interval(mean, table.shape[1], level, bounds)
         low, high = max(low, bounds[0]), min(high, bounds[1])
     return Interval(mean, low, high)
 

@@ -1,9 +1,13 @@
 """Compare rebuilt tables and claims with the committed ones, cell by cell.
 
 A rebuilt value is *exact* when it equals the committed one in all printed decimals, *within* when it lies in the
-committed 95% interval (a lower bound is open above), and *differs* otherwise. A cell without an interval depends on the
-data alone and must be exact. A cell that only one side has, or whose seeds changed, differs. Of a claim the estimate
-and the verdict are compared, the verdict as a number: 1 holds, 0 cannot tell, -1 does not hold.
+committed 95% interval (a lower bound is open above), and *differs* otherwise. A cell without seeds and without an
+interval depends on the data alone and must be exact. One that was trained and shows no spread, because there is one
+seed or all seeds gave the same number, says nothing about how far others may lie: where its value is another, it has
+*no interval*, and does not fail. A cell that only one side has, or whose seeds changed, differs, and so does one that
+is a lower bound on one side alone. Of a claim the estimate and the verdict are compared, the verdict as a number: 1
+holds, 0 cannot tell, -1 does not hold; it has *moved* where it went to a neighbour, which an estimate within its
+interval can make it do, and that does not fail.
 """
 
 from __future__ import annotations
@@ -22,9 +26,10 @@ from fgalign.report.claims import claim_cells, claims_from_csv, claims_path, rea
 from fgalign.report.index import BASE, read_stages
 from fgalign.report.tables import TABLES, table_paths, table_spec
 
-Verdict = Literal["exact", "within", "differs", "only committed", "only rebuilt", "other seeds"]
-PASSING = ("exact", "within")
+Verdict = Literal["exact", "within", "no interval", "moved", "differs", "only committed", "only rebuilt", "other seeds"]
+PASSING = ("exact", "within", "no interval", "moved")
 CLAIMS = "claims"
+VERDICT = "verdict"
 """Name of ``claims.csv`` among the tables to check."""
 
 
@@ -45,8 +50,10 @@ class Comparison:
         cell = self.committed
         if cell is None:
             return ""
-        if cell.low is None:
-            return "exact"
+        if cell.metric == VERDICT:
+            return "one step"
+        if not _spread(cell):
+            return "no interval" if cell.seeds else "exact"
         if cell.high is None:
             return f"at least {cell.low:.4f}"
         return f"{(cell.high - cell.low) / 2:.4f}"
@@ -166,7 +173,7 @@ def format_report(rows: list[Comparison], names: Iterable[str]) -> str:
 
 
 def passes(rows: list[Comparison]) -> bool:
-    """True when there are cells and each is exact or within its interval."""
+    """True when there are cells, and none that differs or stands on one side alone."""
     return bool(rows) and all(row.verdict in PASSING for row in rows)
 
 
@@ -179,10 +186,24 @@ def _verdict(old: Cell | None, new: Cell | None) -> Verdict:
         return "other seeds"
     if cells_to_csv([old]) == cells_to_csv([new]):
         return "exact"
-    if old.low is None:
-        return "exact" if f"{old.mean:.4f}" == f"{new.mean:.4f}" else "differs"
+    if old.metric == VERDICT:
+        return "moved" if abs(old.mean - new.mean) == 1 else "differs"
+    if _lower_bound(old) != _lower_bound(new):
+        return "differs"
+    if not _spread(old):
+        same = f"{old.mean:.4f}" == f"{new.mean:.4f}"
+        return "exact" if same else "no interval" if old.seeds else "differs"
     high = float("inf") if old.high is None else old.high
     return "within" if old.low <= float(f"{new.mean:.4f}") <= high else "differs"
+
+
+def _lower_bound(cell: Cell) -> bool:
+    return cell.low is not None and cell.high is None
+
+
+def _spread(cell: Cell) -> bool:
+    """Whether the cell has an interval, and one that is wider than a point."""
+    return cell.low is not None and (cell.high is None or cell.high > cell.low)
 
 
 def _pad(text: str, width: int, column: int) -> str:

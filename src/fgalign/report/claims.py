@@ -64,12 +64,15 @@ class Quantity:
     name: str
     smallest: float
     column: str | None = None
+    limit: float | None = None
+    """Of one number per seed the largest possible size of a difference: seeds that all have the same leave no spread,
+    and the interval is then the exact binomial's within this."""
 
 
 WIN_RATE = Quantity("win rate (points)", 2.0, "win")
 ON_EDITS = Quantity("accuracy on held-out edits (points)", 2.0, "correct")
 ON_PREFERENCES = Quantity("accuracy on held-out preferences (points)", 2.0, "correct")
-STEPS = Quantity("steps to plain PPO's best score (points of the budget)", 5.0)
+STEPS = Quantity("steps to plain PPO's best score (points of the budget)", 5.0, limit=100.0)
 CREDIT = Quantity("weight on flawed tokens beyond chance (points)", 2.0)
 
 
@@ -121,17 +124,24 @@ class Estimate:
     half_width: Callable[[float], float]
 
 
-def estimate(better: np.ndarray, other: np.ndarray, seed_variance: SeedVariance | None = None) -> Estimate:
-    """Paired difference ``better - other`` of two arrays of shape [seeds, prompts]."""
-    from fgalign.evaluation.statistics import paired_interval
+def estimate(
+    better: np.ndarray, other: np.ndarray, seed_variance: SeedVariance | None = None, limit: float | None = None
+) -> Estimate:
+    """Paired difference ``better - other`` of two arrays of shape [seeds, prompts]; ``limit`` as in ``Quantity``."""
+    from fgalign.evaluation.statistics import constant_interval, paired_interval
 
-    interval = paired_interval(better, other, seed_variance=seed_variance)
+    def at(level: float) -> tuple[float, float]:
+        if limit is not None and len({*(better - other).flat}) == 1:
+            return constant_interval(float((better - other).flat[0]), better.size, level, (-limit, limit))
+        found = paired_interval(better, other, level, seed_variance)
+        return found.low, found.high
 
     def half_width(level: float) -> float:
-        at = paired_interval(better, other, level, seed_variance)
-        return (at.high - at.low) / 2
+        low, high = at(level)
+        return (high - low) / 2
 
-    return Estimate(interval.mean, interval.low, interval.high, interval.p_value, half_width)
+    found = paired_interval(better, other, seed_variance=seed_variance)
+    return Estimate(found.mean, *at(1 - LEVEL), found.p_value, half_width)
 
 
 def verdict(mean: float, high: float, p_holm: float, smallest: float) -> Verdict:
@@ -179,7 +189,7 @@ def claim_results(profile: Profile) -> list[Result]:
     pools = seed_pools(profile)
     for claims in (CLAIMS, further_claims(profile)):
         tested = [(claim, sides) for claim in claims if (sides := claim.sides(profile)) is not None]
-        estimates = [estimate(*sides, pools.get(claim.quantity.name)) for claim, sides in tested]
+        estimates = [estimate(*sides, pools.get(claim.quantity.name), claim.quantity.limit) for claim, sides in tested]
         judged = judge(estimates, [claim.quantity.smallest for claim, _ in tested])
         for (claim, _), found, (p_holm, decision, detectable) in zip(tested, estimates, judged, strict=True):
             results.append(

@@ -73,9 +73,19 @@ class Table:
 
 
 def figa_data(profile: Profile) -> list[Cell]:
-    """FIGA's training pairs: reward, length and edit distance of initial, revised and reference responses."""
+    """Pairs of the kind that FIGA trains on: reward, its paired difference to the initial response, length and edit
+    distance of initial, revised and reference responses."""
+    from fgalign.evaluation.statistics import paired_interval
+
     cells = []
-    for side, grid in inputs.read_figa_data(profile).items():
+    grids = inputs.read_figa_data(profile)
+    initial = grids["initial"]
+    for side, grid in grids.items():
+        if side != "initial" and len(grid.seeds) * len(grid.items) > 1:
+            place = {item: index for index, item in enumerate(initial.items)}
+            other = initial.values["reward"][:, [place[item] for item in grid.items]]
+            interval = paired_interval(grid.values["reward"], other)
+            cells.append(_cell("figa_data", side, "difference_to_initial", interval[:3], grid.seeds))
         for metric in ("reward", "tokens", "edit_distance"):
             cells.append(_crossed("figa_data", side, metric, grid, metric))
     return cells
@@ -287,7 +297,11 @@ def xu_token_models(profile: Profile) -> list[Cell]:
     models = inputs.read_reward_models(profile, required, "token_models.csv")
     cells = []
     for model, metrics in models.items():
+        kind = (profile.params.get("token_models") or {}).get(model, {}).get("loss")
         for metric, values in metrics.items():
+            # A Bradley-Terry model has no zero, below which a token would count as bad.
+            if kind == "bradley_terry" and metric in ("token_precision", "token_recall"):
+                continue
             share = metric in SHARES
             bounds = UNIT_RANGE if share or metric.partition(":")[0] == TOKEN_AUROC else None
             scale = PERCENT if share else 1.0
