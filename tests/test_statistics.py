@@ -196,6 +196,12 @@ def test_paired_interval_with_a_pooled_variance_by_hand():
     assert paired_interval(a, b).high - 2 == pytest.approx(12.706205, rel=1e-6)  # one degree of freedom, error 1
 
 
+def test_a_difference_that_varies_more_between_seeds_keeps_its_own_variance():
+    a, b = np.array([[1.0, 3.0], [7.0, 9.0]]), np.zeros((2, 2))  # MS_seeds = 2 * (9 + 9) / 1 = 36
+    assert paired_interval(a, b, seed_variance=SeedVariance(8.9, 20)) == paired_interval(a, b)  # 2 * 2 * 8.9 = 35.6
+    assert paired_interval(a, b, seed_variance=SeedVariance(9.1, 20)).high < paired_interval(a, b).high
+
+
 def test_pooling_over_the_two_sides_alone_changes_nothing():
     generator = np.random.default_rng(3)
     for spread in (0.0, 0.3, 2.0):

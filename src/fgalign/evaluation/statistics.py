@@ -104,9 +104,8 @@ def pooled_seed_variance(tables: ArrayLike) -> SeedVariance:
 
     and v = max(0, MS_ms - MS_msp) / P with (M - 1)(S - 1) degrees of freedom. Pooling assumes that v is the same for
     all; it is the common error term of an analysis of variance. One difference by itself has S - 1 degrees of freedom.
-    In simulations (300 tables of 13 policies and 400 prompts for each of six mixtures, wins and losses, in two of them
-    with seed effects of unequal size) a 95 % interval of a difference with it held the truth in 95 to 97 %, with 3 or 4
-    seeds, and was 26 to 38 % narrower than one that estimates the seeds from the difference alone.
+    Where policies vary unequally it would be too small for the most variable (95 % intervals then held the truth in as
+    few as 82 %), so ``paired_interval`` takes the difference's own where that is larger.
 
     Raises:
         ValueError: fewer than two policies, seeds or prompts, or a value that is not finite.
@@ -155,9 +154,10 @@ def paired_interval(
     all equal leave no error to compare with: p is 1 when they are all 0, else that of the sign test, 2^(1 - n) for n
     prompts, or seeds where there is one prompt.
 
-    With ``seed_variance`` (``pooled_seed_variance``) the variance between seeds is not estimated from this difference:
-    MS_seeds becomes MS_res + 2 P v, with the degrees of freedom of v. Pooled over ``a`` and ``b`` alone it changes
-    nothing.
+    With ``seed_variance`` (``pooled_seed_variance``) MS_seeds becomes MS_res + 2 P v, with the degrees of freedom of v,
+    unless this difference's own is larger. In simulations (300 tables of 13 policies and 400 prompts, for 4 and for 12
+    seeds; all policies alike, one or three of them 4.6 times as variable as the others between seeds) a 95 % interval
+    held the truth in 95 to 97 %.
 
     ``bounds`` are the limits of ``a`` and of ``b``, used as ``crossed_interval`` uses them.
 
@@ -316,7 +316,9 @@ def _crossed(table: np.ndarray, seed_variance: SeedVariance | None = None) -> tu
     ms_residual = float((residual**2).sum()) / (free_seeds * free_prompts)
     residual_freedom = free_seeds * free_prompts
     if seed_variance is not None:
-        ms_seeds, free_seeds = ms_residual + 2 * prompts * seed_variance.variance, seed_variance.freedom
+        pooled = ms_residual + 2 * prompts * seed_variance.variance
+        if pooled >= ms_seeds:
+            ms_seeds, free_seeds = pooled, seed_variance.freedom
     terms = [(ms_seeds, free_seeds), (ms_prompts, free_prompts)]
     terms = [(square, freedom) for square, freedom in terms if square > ms_residual]
     # v_a and v_b both 0 leaves MS_res; each that is not adds (its mean square - MS_res).

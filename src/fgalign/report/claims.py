@@ -7,12 +7,13 @@ prompt (or held-out pair) are paired by both (``statistics.paired_interval``), v
 
 - **Seeds.** The variance between seeds of a win rate is pooled over all policies that the papers' claims name, that of
   an accuracy over all reward models (``statistics.pooled_seed_variance``, ``seed_pools``); one difference by itself has
-  seeds - 1 degrees of freedom.
+  seeds - 1 degrees of freedom. Where a difference's own variance is larger, it is taken.
 - **Correction.** Holm's over the papers' claims that the profile can test. Rows beyond the papers (FIGA against every
   other method of the profile) are a family of their own: a method that somebody adds changes no verdict on a paper.
 - **Verdict.** *holds*: adjusted p below 0.05 and the estimate on the claimed side. *does not hold*: adjusted p below
-  0.05 and the estimate on the other side, or else the 95% interval wholly below the smallest effect of interest of the
-  quantity (``Quantity.smallest``): an effect that would matter is ruled out. *cannot tell* otherwise.
+  0.05 and the estimate on the other side, or else the 95% interval, which has to reach down to 0, wholly below the
+  smallest effect of interest of the quantity (``Quantity.smallest``): an effect that would matter is ruled out. *cannot
+  tell* otherwise.
 - **Power.** ``detectable`` is the true difference that a two-sided test of ours finds with 80% power,
   (t(1 - a/2, nu) + t(0.8, nu)) * SE, with the standard error SE and degrees of freedom nu of the estimate and the level
   a that Holm's procedure holds this p value against: 0.05 / (m - i + 1) for the i-th smallest of m.
@@ -144,11 +145,11 @@ def estimate(
     return Estimate(found.mean, *at(1 - LEVEL), found.p_value, half_width)
 
 
-def verdict(mean: float, high: float, p_holm: float, smallest: float) -> Verdict:
+def verdict(mean: float, low: float, high: float, p_holm: float, smallest: float) -> Verdict:
     """The verdict on a claim whose claimed side is positive; rules at the top of this file."""
     if p_holm < LEVEL:
         return "holds" if mean > 0 else "does not hold"
-    return "does not hold" if high < smallest else "cannot tell"
+    return "does not hold" if low <= 0 and high < smallest else "cannot tell"
 
 
 def detectable_effect(half_width: Callable[[float], float], level: float) -> float:
@@ -167,7 +168,7 @@ def judge(estimates: list[Estimate], smallest: list[float]) -> list[tuple[float,
     return [
         (
             p_holm,
-            verdict(found.mean, found.high, p_holm, least),
+            verdict(found.mean, found.low, found.high, p_holm, least),
             detectable_effect(found.half_width, LEVEL / (len(estimates) - rank[index])),
         )
         for index, (found, p_holm, least) in enumerate(zip(estimates, adjusted, smallest, strict=True))
