@@ -12,7 +12,15 @@ import sys
 
 from fgalign.config import load_profile
 from fgalign.errors import FgalignError
-from fgalign.report.check import base_model_note, check_tables, committed_tables, format_report, passes, table_stage
+from fgalign.report.check import (
+    base_model_note,
+    check_tables,
+    committed_tables,
+    format_report,
+    left_out,
+    passes,
+    table_stage,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare rebuilt tables with the committed ones, cell by cell.")
     parser.add_argument("--profile", help="profile to check (default: the selected one, else mini)")
     parser.add_argument(
-        "--table", action="append", metavar="NAME", help="table to check; may be given again (default: all)"
+        "--table",
+        action="append",
+        metavar="NAME",
+        help="table to check; may be given again (default: all that the profile's own pipeline builds)",
     )
     parser.add_argument("--stage", action="store_true", help="only print the stages that build the tables")
     parser.add_argument("--against", default="HEAD", metavar="REF", help="commit with the tables to compare with")
@@ -36,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_report(rows, names))
+    others = [] if options.table else left_out(profile, options.against)
+    if others:
+        print(f"Not looked at, as another pipeline builds them: {', '.join(others)}; --table NAME checks one.")
     if not passes(rows) and (note := base_model_note(profile, options.against)):
         print(note)
     return 0 if passes(rows) else 1

@@ -663,6 +663,7 @@ def test_what_reads_like_a_special_token_in_a_response_is_text(tokenizer):
     [
         ({"learning_rat": 1.0}, r"trainer\.learning_rat: no such key; known keys: updates, "),
         ({"seed": 3}, r"trainer\.seed: no such key"),
+        ({"kl_coef": "much"}, r"trainer\.kl_coef: .*valid number.*found 'much'"),
     ],
 )
 def test_a_slip_in_ppos_section_is_refused(trainer, message):
@@ -674,3 +675,6 @@ def test_ppos_settings_have_the_trainers_defaults():
     section = {"kind": "ppo", "needs": "rm_token", "trainer": {"updates": 3}}
     found = parse_section(section, get_method("ppo").Config, "here")
     assert (found.setting("updates"), found.setting("response_length")) == (3, 48)
+    # YAML reads 1e-4, which has no point, as a text.
+    found = parse_section({**section, "trainer": {"learning_rate": "1e-4"}}, get_method("ppo").Config, "here")
+    assert found.trainer == {"learning_rate": 1e-4}

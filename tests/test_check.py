@@ -34,6 +34,7 @@ def changed(**changes):
         (OLD, changed(mean=55.0002), "differs"),
         (OLD, changed(mean=44.9), "differs"),
         (OLD, changed(seeds=(1, 2)), "other seeds"),
+        (OLD, changed(reported=51.0), "differs"),
         (OLD, None, "only committed"),
         (None, OLD, "only rebuilt"),
         # No seeds and no interval: the data alone decide, and a change is a difference.
@@ -123,12 +124,29 @@ def test_script_fails_on_a_table_that_was_not_rebuilt_or_never_committed(reposit
     repository.unlink()
     assert check([]) == 2
     assert "no such table; run `fgalign table figa_main`" in capsys.readouterr().err
+    repository.write_text(cells_to_csv([OLD]))
     (repository.parent / "labels.csv").write_text(cells_to_csv([OLD]))
+    assert check([]) == 0  # what was never committed is compared only where it is named
     assert check(["--table", "labels"]) == 2
     assert "git show HEAD:results/mini/tables/labels.csv" in capsys.readouterr().err
     assert check(["--table", "nonsense"]) == 2
     assert "unknown table 'nonsense'" in capsys.readouterr().err
     assert check(["--against", "no-such-ref"]) == 2
+
+
+def test_tables_of_the_second_pipeline_are_checked_only_by_name(repository, check, capsys):
+    path = repository.parents[1] / "sweeps" / "tables" / "search.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text(cells_to_csv([OLD]))
+    git = ["git", "-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    for command in (["add", "-A"], ["commit", "-qm", "sweeps"]):
+        subprocess.run([*git, *command], cwd=repository.parents[3], check=True)
+    path.write_text(cells_to_csv([changed(mean=60.0)]))
+    assert check([]) == 0
+    out = capsys.readouterr().out
+    assert "OK: 1 cells of figa_main: 1 exact" in out
+    assert out.endswith("Not looked at, as another pipeline builds them: search; --table NAME checks one.\n")
+    assert check(["--table", "search"]) == 1
 
 
 def lock(base):

@@ -274,10 +274,13 @@ def test_a_part_of_a_study_or_a_method_that_is_missing_is_an_error(profile):
         build_claims(profile)
 
 
-def test_one_seed_is_not_enough(profile):
+def test_one_seed_is_not_enough(profile, capsys):
     profile.params["seeds"] = [1]
     with pytest.raises(InputError, match=r"params.yaml: seeds: claims need at least two training seeds, found 1"):
-        build_claims(profile)
+        claim_results(profile)
+    build_claims(profile)
+    assert read_claims(profile) == []
+    assert "params.yaml: seeds: claims need at least two training seeds, found 1; none is" in capsys.readouterr().out
 
 
 def test_a_further_method_changes_no_verdict_on_the_papers(profile):

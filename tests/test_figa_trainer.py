@@ -125,6 +125,13 @@ def test_a_tokenizer_without_padding_is_refused(make_model, pairs, tmp_path):
         FIGATrainer(make_model(), FIGAConfig(output_dir=str(tmp_path)), pairs, tokenizer)
 
 
+def test_one_process_takes_the_batch_of_one_gpu_however_many_there_are(make_model, tokenizer, pairs, tmp_path):
+    args = FIGAConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to="none")
+    assert args.n_gpu <= 1  # asked for here, because transformers looks for GPUs now
+    args._n_gpu = 8
+    assert FIGATrainer(make_model(), args, pairs, tokenizer)._train_batch_size == 4
+
+
 def test_an_evaluation_has_a_loss(make_trainer, pairs):
     trainer = make_trainer(data=pairs[:4], per_device_eval_batch_size=4)
     with torch.no_grad():

@@ -163,7 +163,7 @@ def build_pretrained(config: PretrainedConfig, out: Path) -> None:
     """Take over a published model: load it, drop what it carries of its quantisation, save it as safetensors.
 
     Raises:
-        ConfigError: neither a name nor a package with a GGUF file is given, or both.
+        ConfigError: neither a name nor a package with a GGUF file is given, or both; a chat template with the date.
         InputError: the package or the file is missing.
     """
     import torch
@@ -190,6 +190,11 @@ def build_pretrained(config: PretrainedConfig, out: Path) -> None:
     _separate_pad(tokenizer, model)
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
+    if "strftime_now" in str(tokenizer.chat_template):
+        raise ConfigError(
+            f"base_model: the chat template of {where} writes today's date into every prompt, so that no run would "
+            "repeat; give one without it as base_model.chat_template"
+        )
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(out)

@@ -391,6 +391,7 @@ class FineGrainedPPOTrainer:
         callbacks: Sequence[Callable[[FineGrainedPPOTrainer, int], None]] = (),
     ) -> None:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
         check_config(args)
         if processing_class.pad_token_id in (None, processing_class.eos_token_id):
@@ -406,6 +407,11 @@ class FineGrainedPPOTrainer:
             raise ConfigError("ref_model: expected another object than model, or the KL is always 0; load it twice")
         if ref_model is None and peft_config is None:
             raise ConfigError("ref_model: None works only with peft_config, where the adapter can be switched off")
+        if len(train_dataset) and not isinstance(train_dataset[0], Sequence):
+            raise ConfigError(
+                "train_dataset: expected a list of prompts, each a list of token ids, found "
+                f"{type(train_dataset).__name__} of {type(train_dataset[0]).__name__}"
+            )
         if len(train_dataset) < args.rollout_batch_size // args.group_size:
             groups = f" / group_size {args.group_size}" if args.group_size > 1 else ""
             raise ConfigError(
@@ -421,6 +427,9 @@ class FineGrainedPPOTrainer:
             if args.gradient_checkpointing:
                 each.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.args = args
+        if not torch.distributed.is_initialized():
+            # Another trainer of this process may have computed in another precision.
+            AcceleratorState._reset_state()
         self.accelerator = Accelerator(cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "no")
         check_supported(self.accelerator, adapter=peft_config is not None)
         if args.bf16 and self.accelerator.device.type == "cpu":

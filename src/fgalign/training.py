@@ -228,6 +228,7 @@ class ProgressCallback(TrainerCallback):
         self.bar = progress(self.max_tokens or state.max_steps, self.title, "token" if self.max_tokens else "step")
         if self.max_tokens is not None:
             scheduler = kwargs["lr_scheduler"]
+            scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it with DeepSpeed
             scheduler.lr_lambdas = [
                 lambda step, warmup=warmup: (
                     warmup(step) * decay(self.schedule, state.num_input_tokens_seen / self.max_tokens)

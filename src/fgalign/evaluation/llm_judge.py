@@ -15,7 +15,7 @@ from fgalign.llm import LLM, LLMConfig
 from fgalign.llm.prompts import Prompt
 
 Verdict = Literal["A", "B", "tie"]
-_LAST_LINE = re.compile(r"[*_\s]*verdict:[*_\s]*(a|b|tie)[*_\s.]*", re.IGNORECASE)
+_LAST_LINE = re.compile(r"[*_#>`\s]*verdict[*_\s]*:[*_`\s]*\[*(a|b|tie)\]*[*_`\s.]*", re.IGNORECASE)
 _VERDICTS: dict[str, Verdict] = {"a": "A", "b": "B", "tie": "tie"}
 
 
@@ -80,8 +80,8 @@ class LLMJudge:
 
 
 def parse_verdict(answer: str) -> Verdict | None:
-    """The verdict on the last line that is not blank (``Verdict: A``, ``B`` or ``tie``; Markdown emphasis and case do
-    not count); None where that line is anything else."""
+    """The verdict on the last line that is not blank (``Verdict: A``, ``B`` or ``tie``; Markdown and case do not
+    count); None where that line is anything else."""
     lines = answer.strip().splitlines()
     match = _LAST_LINE.fullmatch(lines[-1]) if lines else None
     return _VERDICTS[match[1].lower()] if match else None

@@ -165,6 +165,9 @@ class FIGATrainer(Trainer):
             beta=args.beta,
             gamma=args.gamma,
         )
+        # One process trains on one GPU: the columns that reach the output layer are not rows that could be scattered.
+        # Before the parent, which takes its batch size from this.
+        args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
             model=add_lora(model, peft_config),
             args=args,
@@ -175,8 +178,6 @@ class FIGATrainer(Trainer):
         )
         check_float32(self.model)
         self.label_names = ["weights"]  # so that an evaluation knows that there is a loss
-        # One process trains on one GPU: the columns that reach the output layer are not rows that could be scattered.
-        self.args._n_gpu = min(self.args.n_gpu, 1)
         # The loss is normalised here, over the whole step; the parent must not divide it by the accumulation again
         # (older transformers ask the second attribute).
         self.loss_is_scaled_for_ga = True

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from fgalign.config import Section
 from fgalign.context import Context
@@ -33,8 +33,8 @@ SET_BY_RUN = ("output_dir", "seed", "bf16", "use_cpu", "vllm_max_length")
 class CurveConfig(Section):
     """Answers for the learning curve: after every ``every`` updates, to the first ``prompts`` validation prompts."""
 
-    every: int = 5
-    prompts: int = 64
+    every: Annotated[int, Field(ge=1)] = 5
+    prompts: Annotated[int, Field(ge=1)] = 64
     advantages: bool = False
     """Record the advantages of the tokens too (not with ``advantage: group``, whose responses come in groups)."""
 
@@ -64,6 +64,13 @@ class Config(Section):
         for key in self.trainer:
             if key not in known:
                 raise ValueError(f"trainer.{key}: no such key; known keys: {', '.join(known)}")
+        try:  # YAML reads 1e-4 as a text; the dataclass takes whatever comes.
+            typed = TypeAdapter(FineGrainedPPOConfig).validate_python({"output_dir": "", **self.trainer})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"trainer.{where}: {first['msg']}, found {first['input']!r}") from None
+        self.trainer.update({key: getattr(typed, key) for key in self.trainer})
         if self.curve.advantages and self.trainer.get("advantage") == "group":
             raise ValueError("curve.advantages: expected false with advantage group, whose responses come in groups")
         return self

@@ -4,10 +4,10 @@ A rebuilt value is *exact* when it equals the committed one in all printed decim
 committed 95% interval (a lower bound is open above), and *differs* otherwise. A cell without seeds and without an
 interval depends on the data alone and must be exact. One that was trained and shows no spread, because there is one
 seed or all seeds gave the same number, says nothing about how far others may lie: where its value is another, it has
-*no interval*, and does not fail. A cell that only one side has, or whose seeds changed, differs, and so does one that
-is a lower bound on one side alone. Of a claim the estimate and the verdict are compared, the verdict as a number: 1
-holds, 0 cannot tell, -1 does not hold; it has *moved* where it went to a neighbour, which an estimate within its
-interval can make it do, and that does not fail.
+*no interval*, and does not fail. A cell that only one side has, or whose seeds or published number changed, differs,
+and so does one that is a lower bound on one side alone. Of a claim the estimate and the verdict are compared, the
+verdict as a number: 1 holds, 0 cannot tell, -1 does not hold; it has *moved* where it went to a neighbour, which an
+estimate within its interval can make it do, and that does not fail.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fgalign.errors import InputError
 from fgalign.report.cells import Cell, cells_from_csv, cells_to_csv, read_table
 from fgalign.report.claims import claim_cells, claims_from_csv, claims_path, read_claims
 from fgalign.report.index import BASE, read_stages
-from fgalign.report.tables import TABLES, table_paths, table_spec
+from fgalign.report.tables import SWEEPS, TABLES, table_paths, table_spec
 
 Verdict = Literal["exact", "within", "no interval", "moved", "differs", "only committed", "only rebuilt", "other seeds"]
 PASSING = ("exact", "within", "no interval", "moved")
@@ -91,12 +91,20 @@ def check_tables(profile: Profile, names: Iterable[str], against: str = "HEAD") 
 
 
 def committed_tables(profile: Profile, against: str = "HEAD") -> list[str]:
-    """Names of the tables to check, ``claims`` among them: those that are on disk or in the commit ``against``, in the
-    order of the papers."""
+    """Names of the tables to check, ``claims`` among them: those in the commit ``against``, in the order of the papers,
+    but for those of the second pipeline (``tables.SWEEPS``), which the first does not rebuild."""
+    return [name for name in _held(profile, against) if name not in SWEEPS]
+
+
+def left_out(profile: Profile, against: str = "HEAD") -> list[str]:
+    """Names of the committed tables that ``committed_tables`` leaves out."""
+    return [name for name in _held(profile, against) if name in SWEEPS]
+
+
+def _held(profile: Profile, against: str) -> list[str]:
     results = profile.results.relative_to(profile.root).as_posix()
     held = set(_git(profile.root, "ls-tree", "-r", "--name-only", against, f"{results}/").splitlines())
-    paths = {name: _csv_path(profile, name) for name in (*TABLES, CLAIMS)}
-    return [name for name, path in paths.items() if path.relative_to(profile.root).as_posix() in held or path.exists()]
+    return [n for n in (*TABLES, CLAIMS) if _csv_path(profile, n).relative_to(profile.root).as_posix() in held]
 
 
 def table_stage(profile: Profile, name: str) -> str:
@@ -184,6 +192,8 @@ def _verdict(old: Cell | None, new: Cell | None) -> Verdict:
         return "only rebuilt"
     if old.seeds != new.seeds:
         return "other seeds"
+    if old.reported != new.reported:
+        return "differs"
     if cells_to_csv([old]) == cells_to_csv([new]):
         return "exact"
     if old.metric == VERDICT:

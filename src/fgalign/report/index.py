@@ -27,7 +27,7 @@ from fgalign.report.tables import TABLES, table_paths
 BASE = "base"
 EVALUATED_MODELS = ("reward_models", "token_models")
 """Stages that evaluate reward models, one run a model and seed."""
-WITHOUT_RUN = ("study_edits",)
+WITHOUT_RUN = ("study_edits", "settings")
 """Stages that only gather what others recorded, and are not tracked."""
 
 

@@ -146,6 +146,8 @@ def _claims(profile: Profile) -> dict[str, Any] | None:
     if not claims_path(profile).exists():
         return None
     results = read_claims(profile)
+    if not results:  # one seed
+        return None
     papers = [result for result in results if result.paper != BEYOND]
     return {
         "rows": [_claim(result) for result in papers],

@@ -16,6 +16,7 @@ from fgalign.core.modeling import load_sequence_reward_model, load_token_reward_
 from fgalign.core.schema import LabelledPair
 from fgalign.core.tensor_ops import pad
 from fgalign.core.tokens import encode_prompt, encode_response
+from fgalign.errors import InputError
 from fgalign.losses.token_reward import IGNORE, OUTPUTS, TokenLoss, inverse_frequency_weights, token_loss
 from fgalign.training import (
     OptimConfig,
@@ -157,10 +158,20 @@ def train_token_model(context: Context, config: TokenRewardSection, pairs: list[
 
 
 def _class_weights(pairs: Sequence[LabelledPair], config: TokenRewardSection) -> Tensor | None:
-    """Weights of bad, neutral and good; with the binary loss neutral tokens do not count and have weight 0."""
+    """Weights of bad, neutral and good; with the binary loss neutral tokens do not count and have weight 0.
+
+    Raises:
+        InputError: a class that counts has no token.
+    """
     counts = class_counts(pairs)
     if config.loss == "bradley_terry":
         return None
+    missing = [name for name, count in zip(("bad", "neutral", "good"), counts.tolist(), strict=True) if count == 0]
+    if missing and (config.loss != "binary" or missing != ["neutral"]):
+        raise InputError(
+            f"labels/train.jsonl: expected tokens of each class for the loss {config.loss}, found none that is "
+            f"{missing[0]}; edit more responses, or use the loss bradley_terry"
+        )
     if config.loss == "binary":
         bad, good = inverse_frequency_weights(counts[[0, 2]], config.class_weight_power)
         return torch.stack([bad, torch.zeros_like(bad), good])

@@ -58,26 +58,30 @@ def run_curves(profile: Profile, methods: Sequence[str]) -> None:
     config = profile.section("evaluation", EvaluationConfig)
     judge = profile_judge(profile, config.judge, config.judge_options)
     references = {record.id: record for record in read_truth(profile.data / "gold" / "validation").references}
-    rows = []
+    points = []
     for method in methods:
         for seed in profile.seeds:
             samples = read_records(profile.model_folder(method, seed) / "rollouts.jsonl", CurveSample)
             for update in sorted({sample.update for sample in samples}):
-                here = [sample for sample in samples if sample.update == update]
-                verdicts = judge.verdicts(judged_items(here, references))
-                rows.append(
-                    {
-                        "method": method,
-                        "seed": seed,
-                        "update": update,
-                        "response_tokens": here[0].response_tokens,
-                        "gradient_updates": here[0].gradient_updates,
-                        "score": round(sum(verdict.score for verdict in verdicts) / len(here), 6),
-                        "win": round(sum(verdict.win for verdict in verdicts) / len(here), 6),
-                        "kl": round(sum(s.kl for s in here) / len(here), 6),
-                        "reward": round(sum(s.reward for s in here) / len(here), 6),
-                    }
-                )
+                points.append((method, seed, update, [sample for sample in samples if sample.update == update]))
+    # All at once: an answer without use is a small share of them, and a large one of a point.
+    every = iter(judge.verdicts(judged_items([sample for *_, here in points for sample in here], references)))
+    rows = []
+    for method, seed, update, here in points:
+        verdicts = [next(every) for _ in here]
+        rows.append(
+            {
+                "method": method,
+                "seed": seed,
+                "update": update,
+                "response_tokens": here[0].response_tokens,
+                "gradient_updates": here[0].gradient_updates,
+                "score": round(sum(verdict.score for verdict in verdicts) / len(here), 6),
+                "win": round(sum(verdict.win for verdict in verdicts) / len(here), 6),
+                "kl": round(sum(s.kl for s in here) / len(here), 6),
+                "reward": round(sum(s.reward for s in here) / len(here), 6),
+            }
+        )
     with track(profile, "curves", None, {"judge": config.judge}) as run:
         run.log({"rows": len(rows), **judge.counts()})
     write_csv(profile.results / "metrics" / "curves.csv", rows)
@@ -112,15 +116,16 @@ def run_samples(profile: Profile, methods: Sequence[str]) -> None:
     by_id = {record.id: record for record in references}
     responses: dict[str, dict[str, str]] = {record.id: {} for record in references}
     scores: dict[str, dict[str, float]] = {record.id: {} for record in references}
-    for method in methods:
-        samples = [
-            sample
-            for sample in read_records(profile.data / "samples" / f"{method}.jsonl", Sample)
-            if sample.seed == profile.seeds[0] and sample.id in by_id
-        ]
-        for sample, verdict in zip(samples, judge.verdicts(judged_items(samples, by_id)), strict=True):
-            responses[sample.id][method] = sample.response
-            scores[sample.id][method] = round(verdict.score, 6)
+    shown = [
+        (method, sample)
+        for method in methods
+        for sample in read_records(profile.data / "samples" / f"{method}.jsonl", Sample)
+        if sample.seed == profile.seeds[0] and sample.id in by_id
+    ]
+    verdicts = judge.verdicts(judged_items([sample for _, sample in shown], by_id))
+    for (method, sample), verdict in zip(shown, verdicts, strict=True):
+        responses[sample.id][method] = sample.response
+        scores[sample.id][method] = round(verdict.score, 6)
     write_json(
         profile.results / "samples.json",
         [

@@ -51,7 +51,7 @@ def run_rejudge(profile: Profile, name: str) -> None:
     pairs = read_records(profile.data / "raw" / "test" / "preferences.jsonl", Preference, empty_ok=True)
     if config.judge == "reward_model":
         asked_about = [*(record.prompt for record in references.values()), *(pair.prompt for pair in pairs)]
-        check_unseen(Path(options["folder"]), asked_about, profile.root)
+        check_unseen(Path(options["folder"]), list(dict.fromkeys(asked_about)), profile.root)
     rows = []
     for method in ("base", "sft", *profile.params["methods"]):
         samples = read_records(profile.data / "samples" / f"{method}.jsonl", Sample)
