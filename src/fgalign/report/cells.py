@@ -140,7 +140,9 @@ def display(cell: Cell) -> DisplayCell:
     signed = cell.metric.startswith("difference_")
 
     def show(value: float) -> str:
-        text = _fixed(value * scale, style.decimals).replace("-", MINUS)
+        # On which side of zero a difference ends is to be seen.
+        more = signed and value != 0 and float(_fixed(value * scale, style.decimals)) == 0
+        text = _fixed(value * scale, style.decimals + more).replace("-", MINUS)
         return f"+{text}" if signed and value > 0 else text
 
     reported = "" if cell.reported is None else show(cell.reported)

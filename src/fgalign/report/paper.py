@@ -7,6 +7,7 @@ same inputs give the same bytes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fgalign.report.cells import MINUS, Cell, display, read_table
 from fgalign.report.claims import BEYOND, LEVEL, VERDICTS, Result, claims_path, read_claims, untested
 from fgalign.report.config import other_judges, report_config
 from fgalign.report.figures import FIGURES, figure_paths
-from fgalign.report.reported import FIGA_ROW, FIGA_SOURCE, REPORTED, verdict
+from fgalign.report.reported import FIGA_ROW, FIGA_SOURCE, REPORTED, Reported, verdict
 from fgalign.report.style import metric_style, row_label
 from fgalign.report.tables import TABLES, blocks, table_paths
 
@@ -96,7 +97,7 @@ def paper_numbers(profile: Profile, human: Profile | None) -> dict[str, Any]:
         "main": main,
         "human": _profile_numbers(human, list(dict(_built_tables(human)))) if human else None,
         "more_seeds": _with_more_seeds(profile.root),
-        "comparisons": _comparisons(profile),
+        "comparisons": _comparisons(profile, _more_seeds(profile.root)),
         "published_figa_row": {"source": FIGA_SOURCE, "cells": [list(item) for item in FIGA_ROW.items()]},
         "sample": _sample(profile),
         "settings": _flatten({key: value for key, value in profile.params.items() if key != "report"}),
@@ -167,7 +168,11 @@ def _with_more_seeds(root: Path) -> dict[str, Any] | None:
 
 def _claim(result: Result) -> dict[str, str]:
     def show(value: float | None, sign: str = "+") -> str:
-        return "" if value is None else f"{value:{sign}.1f}".replace("-", MINUS)
+        if value is None:
+            return ""
+        # On which side of zero and of the smallest effect an interval ends is to be seen.
+        near = round(value, 1) != value and round(value, 1) in (0.0, result.smallest_effect)
+        return f"{value:{sign}.{2 if near else 1}f}".replace("-", MINUS)
 
     return {
         "paper": result.paper,
@@ -193,28 +198,38 @@ def _values(cells: list[Cell]) -> dict[str, dict[str, dict[str, str]]]:
     return values
 
 
-def _comparisons(profile: Profile) -> dict[str, dict[str, str]]:
-    """Each published number beside ours, with the computed verdict; keys are ``table.method.metric``."""
+def _comparisons(profile: Profile, more: Profile | None) -> dict[str, dict[str, Any]]:
+    """Each published number beside ours, with the computed verdict; keys are ``table.method.metric``. ``more`` of it is
+    the same with more seeds, where the number belongs to a claim that was tested with them, else None."""
+    tested: list[Result] = []
+    if more and claims_path(more).exists():
+        tested = [result for result in read_claims(more) if result.reported is not None]
     rows = {}
     for (table, method, metric), reported in REPORTED.items():
         cells = read_table(table_paths(profile, table)[0])
         for cell in cells:
             if (cell.method, cell.metric) == (method, metric):
-                shown = display(cell)
-                size = ""
-                if reported.comparable and cell.low is not None and cell.high is not None:
-                    inside = cell.low <= reported.value <= cell.high
-                    size = "inside our interval" if inside else "outside our interval"
+                claim = next((result for result in tested if result.reported == reported.value), None)
+                again = claim and replace(
+                    cell, mean=claim.estimate, low=claim.ci_low, high=claim.ci_high, seeds=claim.seeds
+                )
                 rows[f"{table}.{method}.{metric}"] = {
                     "what": f"{row_label(profile, table, method)}: {metric_style(metric).title}",
-                    "reported": shown.reported,
+                    "reported": display(cell).reported,
                     "source": f"{reported.source}: {reported.note}",
-                    "ours": shown.value,
-                    "interval": shown.interval,
-                    "verdict": verdict(reported, cell),
-                    "size": size,
+                    **_compared(reported, cell),
+                    "more": _compared(reported, again) if again else None,
                 }
     return rows
+
+
+def _compared(reported: Reported, cell: Cell) -> dict[str, str]:
+    """Our number beside a published one, with the verdicts on its sign and, where it is comparable, on its size."""
+    shown, size = display(cell), ""
+    if reported.comparable and cell.low is not None and cell.high is not None:
+        inside = cell.low <= reported.value <= cell.high
+        size = "inside our interval" if inside else "outside our interval"
+    return {"ours": shown.value, "interval": shown.interval, "verdict": verdict(reported, cell), "size": size}
 
 
 def _verdict(table: str, cells: list[Cell], method: str, metric: str) -> str:
