@@ -74,7 +74,7 @@ plan: setup ## Check PROFILE=paper without running it: shapes, memory a GPU, hou
 ui: setup ## Open MLflow on http://127.0.0.1:5000 (PORT=)
 	@uri="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow/mlflow.db}"
 	case "$$uri" in
-		http*) echo "the runs are on the server at $$(printf %s "$$uri" | sed 's,://[^/@]*@,://,')"; exit 0 ;;
+		http*) echo "the runs are on the server at $$(printf %s "$$uri" | sed 's,://[^/]*@,://,')"; exit 0 ;;
 		sqlite:///mlflow/mlflow.db) [ -f mlflow/mlflow.db ] || { echo "make: no runs yet, make reproduce first" >&2; exit 1; } ;;
 	esac
 	exec mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "$$uri"

@@ -81,14 +81,21 @@ def test_bad_file(root, text, message):
         load_profile("mini", root)
 
 
-@pytest.mark.parametrize("name", ["api_key", "Token", "password"])
+@pytest.mark.parametrize(
+    "name", ["api_key", "Token", "password", "openai_api_key", "api-key", "hf_token", "key_variable"]
+)
 def test_a_secret_in_a_profile_is_refused_before_anything_reads_it(root, name):
     path = root / "params.yaml"
     path.write_text(f"profile: mini\nannotator:\n  other: [{{{name}: sk-123}}]\n")
     with pytest.raises(ConfigError, match=rf"params\.yaml: annotator: other: 0: {name}: a secret must not") as error:
         load_profile("mini", root)
     assert "sk-123" not in str(error.value)
-    path.write_text("profile: mini\nannotator: {key_variable: MY_KEY, max_tokens: 4, token: null}\n")
+    for other in ("headers: {Authorization: Bearer sk-123}", 'base_url: "https://u:sk-123@h/v1"', "auth: [sk-123]"):
+        path.write_text(f"profile: mini\nannotator:\n  {other}\n")
+        with pytest.raises(ConfigError, match=r"params\.yaml: annotator: .*: a secret must not") as error:
+            load_profile("mini", root)
+        assert "sk-123" not in str(error.value)
+    path.write_text("profile: mini\nannotator: {key_variable: MY_KEY, max_tokens: 4, token: null, unit: token}\n")
     assert load_profile("mini", root).params["annotator"]["max_tokens"] == 4
 
 
@@ -102,6 +109,8 @@ def test_a_secret_in_a_profile_is_refused_before_anything_reads_it(root, name):
         ("zzz: 1", r"params\.yaml: zzz: no such key; known keys: profile, root, "),
         ("seeds: [1]\nsft: {a: 1}\nseeds: [7]", r"params\.yaml:4: the key 'seeds' stands twice in this section"),
         ("sft:\n  a: {b: 1, b: 1}", r"params\.yaml:3: the key 'b' stands twice"),
+        ("methods:", r"params\.yaml: methods: expected a section, found None"),
+        ("base_model: x", r"params\.yaml: base_model: expected a section, found 'x'"),
         ("methods: {dpo: null}", r"params\.yaml: methods: expected a section under each name, found None"),
         ("token_models: 3", r"params\.yaml: token_models: expected a section under each name, found 3"),
     ],
@@ -113,10 +122,10 @@ def test_a_slip_in_a_profile_is_refused(root, text, message):
 
 
 def test_a_merged_section_may_override_keys(root):
-    text = "sft: &a {x: 1, y: 2}\nrm_edit: &b {<<: *a, x: 3}\nrm_token: {<<: *b, y: 4}\nmethods:\n"
+    text = "sft: &a {x: 1, y: 2}\nrm_edit: &b {<<: *a, x: 3}\nrm_token: {<<: *b, y: 4}\nstudies:\n"
     (root / "params.yaml").write_text(f"profile: mini\n{text}")
     params = load_profile("mini", root).params
-    assert params["rm_token"] == {"x": 3, "y": 4} and params["methods"] is None
+    assert params["rm_token"] == {"x": 3, "y": 4} and params["studies"] is None
 
 
 def test_a_profile_that_is_not_utf8(root):
@@ -133,9 +142,9 @@ def test_missing_section(root):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"name": "x", "cuont": 4}, r"^here\.cuont: .*found 4; known keys: name, count, inner$"),
-        ({"name": "x", "inner": {"rat": 4}}, r"^here\.inner\.rat: .*found 4; known keys: rate$"),
-        # A text there may be a secret.
+        # What stands there may be a secret.
+        ({"name": "x", "cuont": 4}, r"^here\.cuont: Extra inputs are not permitted; known keys: name, count, inner$"),
+        ({"name": "x", "inner": {"rat": 4}}, r"^here\.inner\.rat: Extra inputs are not permitted; known keys: rate$"),
         ({"name": "x", "pass": "abc"}, r"^here\.pass: Extra inputs are not permitted; known keys: name, count, inner$"),
         ({"name": "x", "count": "many"}, r"^here\.count: .*integer.*found 'many'$"),
         ({"count": 1}, r"^here\.name: Field required$"),

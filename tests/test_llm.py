@@ -377,6 +377,37 @@ def test_a_prompt_that_is_too_long_is_rejected_in_other_servers_words(server, op
         ask(options, ["long", "b"])
 
 
+def test_a_wrong_max_tokens_is_no_prompt_that_is_too_long(server, options):
+    error = {"message": "max_tokens is too large: this model's maximum context length is 512", "param": "max_tokens"}
+    server.reply = lambda request, number: (400, {}, {"error": error})
+    with pytest.raises(LLMError, match=r"found status 400: .*max_tokens is too large"):
+        ask(options, ["a", "b"], parallel=1)
+    assert len(server.requests) == 1
+
+
+def test_why_prompts_were_rejected_is_said(server, options):
+    error = {"message": "no such topic here", "code": "content_filter"}
+    server.reply = lambda request, number: (400, {}, {"error": error})
+    with pytest.raises(LLMError, match=r"2 refused.* for example 'a' \(the server said: .*no such topic here"):
+        ask(options, ["a", "b"])
+
+
+def test_nothing_of_openais_environment_goes_to_another_server(server, options, monkeypatch):
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer custom-secret")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-1")
+    ask(options, ["a"], key_variable=None)
+    assert server.headers[0]["authorization"] == "Bearer none"
+    assert not {"openai-organization", "openai-project"} & set(server.headers[0])
+
+
+def test_a_short_key_is_not_repeated_either(server, options, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "abc12")
+    server.reply = lambda request, number: (401, {}, {"error": {"message": "bad key Bearer abc12"}})
+    with pytest.raises(LLMError, match=r"bad key Bearer \[key\]"):
+        ask(options, ["a"], key_variable="MY_KEY")
+
+
 def test_other_bad_requests_stop_the_run(server, options):
     server.reply = lambda request, number: (400, {}, {"error": {"message": "temperature", "code": 400}})
     with pytest.raises(LLMError, match="found status 400"):

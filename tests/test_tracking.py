@@ -130,7 +130,7 @@ def test_a_password_in_the_address_of_the_store_is_not_shown(monkeypatch, capfd)
     monkeypatch.setattr(tracking, "_warned", False)
 
     def fails():
-        raise OSError("API request to http://bob:TOPSECRET@127.0.0.1:9/api/2.0 and https://a@b/ failed")
+        raise OSError("API request to http://bob:TOP@SECRET@127.0.0.1:9/api/2.0 and https://a@b/ failed")
 
     tracking._safely(fails)
     error = capfd.readouterr().err

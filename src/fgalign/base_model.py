@@ -164,7 +164,7 @@ def build_pretrained(config: PretrainedConfig, out: Path) -> None:
 
     Raises:
         ConfigError: neither a name nor a package with a GGUF file is given, or both; a chat template with the date.
-        InputError: the package or the file is missing.
+        InputError: the package or the file is missing, or the named model cannot be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -180,8 +180,17 @@ def build_pretrained(config: PretrainedConfig, out: Path) -> None:
         where, arguments = config.name, {"revision": config.revision}
     else:
         where, arguments = str(_package_folder(config.package, config.gguf_file)), {"gguf_file": config.gguf_file}
-    tokenizer = AutoTokenizer.from_pretrained(where, **arguments)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **arguments)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **arguments)
+    except (OSError, ValueError) as error:
+        if config.name is None:
+            raise
+        revision = f" --revision {config.revision}" if config.revision else ""
+        raise InputError(
+            f"base_model.name: {where} cannot be loaded ({' '.join(str(error).split())[:200]}); on a machine with "
+            f"network access run `hf download {where}{revision} --local-dir FOLDER`, copy the folder and name it here"
+        ) from None
     # A model read from GGUF still says that it is quantised, and then can be neither saved nor trained.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

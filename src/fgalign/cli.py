@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -380,6 +381,8 @@ def _say(profile: Profile, paths: list[Path]) -> None:
 
 def main() -> None:
     """Run the command line; an error that fgalign raises on purpose is one line on standard error and exit code 1."""
+    # Slurm's time limit and a stopped container end a stage like this: what it began to write is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except FgalignError as error:

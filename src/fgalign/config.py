@@ -8,6 +8,7 @@ an unknown or ill-typed key is one error that names file and key.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -28,7 +29,10 @@ KEYS = (
 """Everything that a profile may have at its top."""
 NAMED = ("methods", "token_models", "studies", "sweeps", "judge_models", "other_judges")
 """Of those, the ones that hold a section under each name."""
-SECRETS = ("key", "api_key", "apikey", "token", "api_token", "access_token", "auth_token", "secret", "password")
+SECRETS = ("key", "apikey", "secret", "password", "authorization", "auth", "headers")
+"""Last words of a name under which a secret stands; ``token`` is one too where a text stands behind it."""
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+"""What names an environment variable."""
 
 
 class Section(BaseModel):
@@ -106,8 +110,8 @@ def parse_section(value: Any, kind: type[S], where: str) -> S:
         known = ""
         if first["type"] == "extra_forbidden":
             known = f"; known keys: {', '.join(_inner(kind, first['loc'][:-1]).model_fields)}"
-        # A text under an unknown key may be a secret.
-        silent = first["type"] == "missing" or (first["type"] == "extra_forbidden" and isinstance(first["input"], str))
+        # What stands under an unknown key may be a secret, and a section's own check says what it found.
+        silent = first["type"] in ("missing", "extra_forbidden", "value_error")
         found = "" if silent else f", found {first.get('input')!r}"
         raise ConfigError(f"{where}.{key}: {first['msg']}{found}{known}") from None
 
@@ -123,14 +127,22 @@ def _inner(kind: type[BaseModel], keys: Sequence[int | str]) -> type[BaseModel]:
 
 
 def _refuse_secrets(value: Any, where: str) -> None:
-    """Raise ConfigError, without the text, where a text stands under a name such as ``api_key``: what a profile holds
-    is copied into files, tables and tracked runs."""
+    """Raise ConfigError, without the value, where a secret seems to stand under a name such as ``api_key``, as
+    ``key_variable`` or in an address: what a profile holds is copied into files, tables and tracked runs."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in pairs:
-        if isinstance(inner, str) and str(name).lower() in SECRETS:
+        last = re.split(r"[^a-z]+", str(name).lower())[-1]
+        if name == "key_variable":
+            secret = isinstance(inner, str) and not VARIABLE.fullmatch(inner)
+        elif name == "base_url":
+            secret = isinstance(inner, str) and bool(re.search(r"//[^/]*@|[?#]", inner))
+        else:
+            secret = isinstance(inner, str | list | dict) and last in SECRETS
+            secret |= isinstance(inner, str) and last == "token"
+        if secret:
             raise ConfigError(
                 f"{where}: {name}: a secret must not stand in a profile: export it as an environment variable, whose "
-                "name an LLM's section takes as `key_variable`"
+                "name (capitals, digits and _) an LLM's section takes as `key_variable`"
             )
         _refuse_secrets(inner, f"{where}: {name}")
 
@@ -159,6 +171,8 @@ def _check_keys(params: dict[str, Any], path: Path) -> None:
             close = get_close_matches(str(key), KEYS, 1)
             meant = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(KEYS)}"
             raise ConfigError(f"{path}: {key}: no such key{meant}")
+        if key in ("base_model", "methods") and not isinstance(value, dict):
+            raise ConfigError(f"{path}: {key}: expected a section, found {value!r}")
         if key in NAMED and value is not None:
             inner = value.values() if isinstance(value, dict) else [value]
             wrong = [section for section in inner if not isinstance(section, dict)]

@@ -338,7 +338,7 @@ def _safely(action: Callable[[], Any]) -> Any:
         if not _warned:
             _warned = True
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            reason = re.sub(r"(?<=://)[^/\s@]+@", "", reason)[:300]  # a server's address may hold a password
+            reason = re.sub(r"(?<=://)[^/\s]+@", "", reason)[:300]  # a server's address may hold a password
             print(f"tracking: MLflow failed ({reason}); the work goes on untracked", file=sys.stderr)
         return None
 

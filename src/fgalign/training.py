@@ -43,13 +43,13 @@ class OptimConfig(Section):
     forward and backward; ``epochs`` is then only an upper bound, and ``schedule`` is laid out over these tokens.
     """
 
-    learning_rate: float
-    epochs: float = 1.0
+    learning_rate: float = Field(ge=0.0, allow_inf_nan=False)
+    epochs: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     max_steps: int = -1
     max_tokens: int | None = Field(default=None, ge=1)
-    batch_size: int = 32
-    accumulation: int = 1
-    warmup_steps: int = 0
+    batch_size: int = Field(default=32, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     weight_decay: float = 0.0
     adam_beta2: float = 0.999

@@ -18,13 +18,13 @@ class EvaluationConfig(Section):
     judge: str
     judge_options: dict[str, Any] = Field(default_factory=dict)
     """Of a judge that has options (``llm``, ``reward_model``)."""
-    temperature: float = 1.0
-    response_length: int = 48
-    batch_size: int = 100
+    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.0
+    response_length: Annotated[int, Field(ge=1)] = 48
+    batch_size: Annotated[int, Field(ge=1)] = 100
     prompts: Annotated[int, Field(ge=2)] | None = None
     """The first so many test prompts (None: all)."""
     pairs: Annotated[int, Field(ge=2)] | None = None
     """So many test preferences and test edits for the reward models (None: all), from as many prompts as possible."""
-    examples: int = 4
+    examples: Annotated[int, Field(ge=1)] = 4
     seed: int = 0
     """Of sampling; added to a method's seed."""

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from fgalign.config import Section, find_root
+from fgalign.config import VARIABLE, Section, find_root
 from fgalign.errors import ConfigError, FgalignError, InputError
 from fgalign.io import read_json, write_json
 from fgalign.parallel import progress
@@ -34,7 +34,8 @@ T = TypeVar("T")
 Positive = Annotated[float, Field(gt=0.0)]
 
 USAGE_LOG = "usage.jsonl"
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+NO_KEY = "none"
+"""What the client, which wants a key, is given where none is sent."""
 _REFUSAL = re.compile(
     r"\W*(i['’]m sorry|i am sorry|sorry,|i apologi[sz]e|(i['’]m|i am) (unable|not able)|i (can['’]t|cannot|won['’]t)|"
     r"as an ai\b)",
@@ -90,7 +91,7 @@ class LLMConfig(Section):
             return values
         variable = values.get("key_variable")
         named = any("key" in str(name).lower() for name in values if name != "key_variable")
-        if named or (isinstance(variable, str) and not _VARIABLE.fullmatch(variable)):
+        if named or (isinstance(variable, str) and not VARIABLE.fullmatch(variable)):
             raise ConfigError(
                 "llm: a key must not stand in the profile: export it as an environment variable and give the "
                 "variable's name as `key_variable` (capitals, digits and _; default OPENAI_API_KEY)"
@@ -231,7 +232,9 @@ class LLM:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._failed: LLMError | None = None
+        self._rejection = ""
         self._now = Usage()
+        self._openai = urlsplit(config.base_url).hostname == "api.openai.com"
 
     def ask(self, prompts: Sequence[str], parse: Callable[[str], T | None]) -> list[T | None]:
         """The parsed answer to each prompt, in order; None where it was refused, truncated or does not parse.
@@ -270,10 +273,11 @@ class LLM:
             kept = [str(self._file(key)) for key in failed if self._file(key).exists()]
             # A rejected prompt has no file.
             shown = [*kept, repr(requests[failed[0]]["messages"][0]["content"][:80])]
+            why = f" (the server said: {' '.join(self._rejection.split())[:200]})" if self._rejection else ""
             raise LLMError(
                 f"{self.title}: expected at most {self.config.max_failed:.1%} of {len(prompts)} answers without use, "
                 f"found {now.failed} ({now.refused} refused, {now.truncated} cut off at {self.config.max_tokens} "
-                f"tokens, {now.unparsable} not in the form asked for), for example {shown[0]}; change the "
+                f"tokens, {now.unparsable} not in the form asked for), for example {shown[0]}{why}; change the "
                 "model, the prompt, `max_tokens` or `max_failed` (the answers are kept)"
             )
         return results
@@ -334,8 +338,10 @@ class LLM:
         try:
             answer = _answer(self._client.chat.completions.create(**request))
         except openai.APIStatusError as error:
-            code = _rejected(error)
+            code = None if error.param in ("max_tokens", self.config.max_tokens_name) else _rejected(error)
             if code is not None:
+                with self._lock:
+                    self._rejection = self._rejection or self._redact(str(error))
                 # Not kept: a rejected prompt costs nothing, and a server with another setting may take it.
                 answer = Answer("", True, code, 0, 0, None)
                 with self._lock:
@@ -372,7 +378,7 @@ class LLM:
         # A proxy of the environment is not for this machine.
         http = DefaultHttpxClient(event_hooks={"request": [self._before]}, trust_env=not config.loopback)
         return OpenAI(
-            api_key=api_key(config) or "none",
+            api_key=api_key(config) or NO_KEY,
             base_url=config.base_url,
             timeout=config.timeout,
             max_retries=config.retries,
@@ -380,9 +386,14 @@ class LLM:
         )
 
     def _before(self, request: Any) -> None:
-        """Before each attempt of each request: wait for its place."""
+        """Before each attempt of each request: no header but this client's own, and wait for its place."""
         from openai import OpenAIError
 
+        # The client adds what the environment has for its maker's server.
+        request.headers["Authorization"] = f"Bearer {self._client.api_key}"
+        if not self._openai:
+            for name in ("OpenAI-Organization", "OpenAI-Project"):
+                request.headers.pop(name, None)
         delay = self._limiter.reserve(len(request.content) / 4 + self.config.max_tokens)
         if self._stop.wait(delay):
             raise OpenAIError("not sent, because another request failed")
@@ -405,7 +416,7 @@ class LLM:
     def _redact(self, text: str) -> str:
         """A text from the server without the key, should the server repeat it."""
         key = self._client.api_key
-        return text.replace(key, "[key]") if len(key) >= 8 else text
+        return text if key == NO_KEY else text.replace(key, "[key]")
 
     # --- the cache ----------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ class Prompt:
         if not file.is_file():
             raise ConfigError(f"{file}: no such prompt file; expected one with the placeholders {_listed(fields)}")
         try:
-            self.text = _COMMENT.sub("", file.read_text(encoding="utf-8")).strip()
+            self.text = _COMMENT.sub("", file.read_text(encoding="utf-8-sig")).strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: expected a prompt file in UTF-8, found {error}; save it as UTF-8") from None
         found = set(_PLACEHOLDER.findall(self.text))
