@@ -373,7 +373,7 @@ def test_a_prompt_that_is_too_long_is_rejected_in_other_servers_words(server, op
     )
     answers, usage = ask(options, ["long", "b"], max_failed=0.5)
     assert (answers, usage.refused) == ([None, "short"], 1)
-    with pytest.raises(LLMError, match=r"found 1 \(1 refused, .*for example 'long'; change"):
+    with pytest.raises(LLMError, match=r"found 1 \(1 refused, .*for example 'long' \(the server said: .*\); change"):
         ask(options, ["long", "b"])
 
 

@@ -494,7 +494,7 @@ def test_sizes_ids_and_truth(default_data: RawData) -> None:
 
 def test_no_set_of_facts_is_used_twice(default_data: RawData) -> None:
     fact_sets = [
-        world.world.parse_prompt(record.prompt).fact_set
+        world.parse_prompt(record.prompt).fact_set
         for raw in default_data.splits.values()
         for record in (*raw.prompts, *raw.corpus, *raw.demonstrations, *raw.preferences)
     ]
