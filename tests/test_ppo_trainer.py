@@ -883,3 +883,30 @@ def test_it_learns(make_trainer, reward):
         for statistics in logs
     ]
     assert sum(shares[-3:]) / 3 > 0.75, shares
+
+
+def test_a_gradient_that_is_not_finite_stops_the_training(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(TrainingError, match="PPO's gradient is nan after 0 gradient updates, with losses that are"):
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
+def test_values_are_not_rounded_to_bf16(make_trainer):
+    model = make_trainer().model
+    torch.nn.init.normal_(model.value_head.weight)
+    ids = torch.randint(model.policy.config.vocab_size, (2, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        values = model(ids, torch.ones_like(ids), 4)[1]
+    assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
+
+
+def test_a_later_trainer_of_another_precision_changes_no_earlier_one(make_trainer):
+    first = make_trainer(bf16=True)
+    second = make_trainer(bf16=False)
+    for trainer, enabled in ((first, True), (second, False), (first, True)):
+        with trainer._autocast():
+            assert torch.is_autocast_enabled("cpu") == enabled
+            assert not enabled or torch.get_autocast_dtype("cpu") == torch.bfloat16

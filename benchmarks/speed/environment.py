@@ -18,9 +18,9 @@ def constraints(lock: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ensure_environment(folder: Path) -> Path:
+def ensure_environment(folder: Path) -> Path | None:
     """The interpreter of TRL's environment in ``folder``, which is made on first use: the locked packages with an older
-    TRL (1 GB with torch for the CPU, a minute or two)."""
+    TRL (1 GB with torch for the CPU, a minute or two); None where they cannot be had."""
     python = folder / "bin" / "python"
     if not (folder / ".installed").exists():
         print(f"Making {folder}: {TRL} and what it needs", file=sys.stderr)
@@ -29,8 +29,12 @@ def ensure_environment(folder: Path) -> Path:
             constraints((ROOT / "requirements.lock").read_text(encoding="utf-8")), encoding="utf-8"
         )
         pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-        subprocess.run([*pip, f"torch=={metadata.version('torch').partition('+')[0]}"], check=True)
-        subprocess.run([*pip, "-c", str(folder / "constraints.txt"), TRL], check=True)
+        try:
+            subprocess.run([*pip, f"torch=={metadata.version('torch').partition('+')[0]}"], check=True)
+            subprocess.run([*pip, "-c", str(folder / "constraints.txt"), TRL], check=True)
+        except subprocess.CalledProcessError:
+            print(f"{TRL} cannot be installed, as without network: its rows are left out", file=sys.stderr)
+            return None
         (folder / ".installed").touch()
     return python
 

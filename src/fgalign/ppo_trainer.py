@@ -41,7 +41,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgalign.core.modeling import attend_in_float32, check_compiler, check_float32, full_state, is_sharded, save_model
+from fgalign.core.modeling import (
+    attend_in_float32,
+    check_compiler,
+    check_float32,
+    full_state,
+    is_sharded,
+    leave_out_cudnn_attention,
+    save_model,
+)
 from fgalign.core.rollout import Recorder, Rollout, response_logps, uniforms
 from fgalign.core.tensor_ops import entropy, gae, masked_mean, masked_sum, position_ids, tempered, token_logps, whiten
 from fgalign.distributed import (
@@ -257,8 +265,13 @@ class PolicyWithValue(nn.Module):
             return logits, self.separate_values(input_ids, attention_mask, keep)
         output = self.policy(**inputs, logits_to_keep=keep, output_hidden_states=True)
         hidden = output.hidden_states[-1][:, -keep:]
-        values = self.value_head(hidden.to(self.value_head.weight.dtype))
-        return output.logits, values.squeeze(-1).float()
+        return output.logits, self.head_values(hidden)
+
+    def head_values(self, hidden: Tensor) -> Tensor:
+        """Values of hidden states, in the precision of the head's weights: autocast would round them to bf16, by more
+        than they change from token to token."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
     def separate_values(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
         """Values (B, keep) of the value model at the last ``keep`` positions."""
@@ -431,6 +444,10 @@ class FineGrainedPPOTrainer:
             # Another trainer of this process may have computed in another precision.
             AcceleratorState._reset_state()
         self.accelerator = Accelerator(cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "no")
+        if args.use_cpu and self.accelerator.device.type != "cpu":
+            raise ConfigError("use_cpu: another trainer of this process has taken a GPU; start a process for this one")
+        if self.accelerator.device.type == "cuda":
+            leave_out_cudnn_attention()
         check_supported(self.accelerator, adapter=peft_config is not None)
         if args.bf16 and self.accelerator.device.type == "cpu":
             for each in (model, ref_model, value_model, getattr(reward, "model", None)):
@@ -460,7 +477,8 @@ class FineGrainedPPOTrainer:
         compiled = torch.compile if args.compile else _as_it_is
         self._losses = compiled(partial(experience_losses, args))
         self._old, self._old_values, self._logps = compiled(old_policy), compiled(old_values), compiled(response_logps)
-        self._recorder = Recorder(getattr(both, "value_head", None), args.compile) if args.reuse_sampling else None
+        head = both.head_values if hasattr(both, "value_head") else None
+        self._recorder = Recorder(head, args.compile) if args.reuse_sampling else None
         if args.compile and hasattr(reward, "model"):
             reward.model.compile()
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -536,7 +554,7 @@ class FineGrainedPPOTrainer:
             self.engine.sync()
             self._weights_changed = False
         rows = own_rows(len(prompts), self.accelerator)
-        with self.accelerator.autocast():
+        with self._autocast():
             rollout = self.engine.sample(
                 [prompts[row] for row in rows],
                 uniform[rows],
@@ -558,7 +576,7 @@ class FineGrainedPPOTrainer:
         else:
             logps, values, entropies = recorded
             if args.value_model == "separate":
-                with self.accelerator.autocast():
+                with self._autocast():
                     values = self.by_rows(rollout, lambda part: self._old_values(self.model, part))
         ref_logps = self.ref_logps(rollout)
         kl = kl_per_token(logps, ref_logps, args.kl_estimator)
@@ -645,14 +663,23 @@ class FineGrainedPPOTrainer:
                 self.accelerator.backward(loss * processes)
             for name, part in zip(losses, parts, strict=True):
                 statistics[name] += part * weight
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm))
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"PPO's gradient is {norm} after {self.gradient_updates} gradient updates, with losses that are "
+                "finite: lower the learning rate, or compute in float32"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.gradient_updates += 1
         if processes > 1:
             sums = torch.tensor(list(statistics.values()), dtype=torch.float64, device=self.device)
             statistics = dict(zip(statistics, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
-        return {**statistics, "gradient/norm": float(norm)}
+        return {**statistics, "gradient/norm": norm}
+
+    def _autocast(self) -> Any:
+        # Not accelerate's, which goes by the precision of the trainer that was made last in this process.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def save_model(self, folder: str | Path | None = None) -> None:
         """Save policy (adapter merged) and tokenizer to ``folder`` (default: ``args.output_dir``); of several processes
@@ -680,7 +707,7 @@ class FineGrainedPPOTrainer:
         """Log-probabilities (B, T) of the response tokens under the policy under training."""
 
         def own(part: Rollout) -> Tensor:
-            with self.accelerator.autocast():
+            with self._autocast():
                 return self._logps(self.policy, part, self.args.temperature)
 
         return self.by_rows(rollout, own)
@@ -690,7 +717,7 @@ class FineGrainedPPOTrainer:
         """Log-probabilities (B, T) of the response tokens under the reference policy."""
 
         def own(part: Rollout) -> Tensor:
-            with self.accelerator.autocast():
+            with self._autocast():
                 if self.ref_model is not None:
                     return self._logps(self.ref_model, part, self.args.temperature)
                 with self.policy.disable_adapter():
@@ -703,7 +730,7 @@ class FineGrainedPPOTrainer:
         return self.by_rows(rollout, self._score)
 
     def _score(self, rollout: Rollout) -> Tensor:
-        with self.accelerator.autocast():
+        with self._autocast():
             rewards = self.reward(rollout).to(self.device).float()
         if rewards.shape not in (rollout.truncated.shape, rollout.response_mask.shape):
             raise TrainingError(

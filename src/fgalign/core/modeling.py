@@ -65,12 +65,21 @@ def set_up(config: RuntimeConfig) -> torch.device:
     # Deterministic mode also fills every new tensor, which costs a third of a training step; nothing here reads
     # memory it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False
+    if use_cuda:
+        leave_out_cudnn_attention()
     keep_freed_memory()
     if process_count() > 1:
         from accelerate import PartialState
 
         PartialState(cpu=not use_cuda)
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def leave_out_cudnn_attention() -> None:
+    """Have attention with a mask computed by another kernel than cuDNN's, which torch from 2.11 on prefers on H100 and
+    H200: its backward pass can give NaN (https://github.com/pytorch/pytorch/issues/196678), and it makes a plan for
+    every new length, which a growing cache has at each token."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_freed_memory() -> bool:

@@ -177,7 +177,7 @@ class CompiledDecoder(Decoder):
 
 class Recorder:
     """Keeps what a policy says of the tokens that it samples, so that no pass over the finished responses is needed:
-    the same numbers up to rounding. ``value_head`` (None: values are 0) maps hidden states (B, H) to values (B, 1);
+    the same numbers up to rounding. ``value_head`` (None: values are 0) maps hidden states (B, H) to values (B,);
     ``compiled`` runs the arithmetic through torch.compile."""
 
     def __init__(self, value_head: Callable[[Tensor], Tensor] | None = None, compiled: bool = False) -> None:
@@ -219,7 +219,7 @@ def _said(
     """Log-probability of the drawn token, value of the state before it, and entropy of its distribution: (B,) each."""
     scaled = tempered(logits, temperature)
     logps = token_logps(scaled, drawn)
-    values = torch.zeros_like(logps) if value_head is None else value_head(hidden.float()).squeeze(-1).float()
+    values = torch.zeros_like(logps) if value_head is None else value_head(hidden)
     return logps, values, entropy(scaled)
 
 

@@ -252,7 +252,7 @@ def _sample(profile: Profile) -> dict[str, Any]:
         {
             "label": row_label(profile, "figa_main", method),
             "text": sample["responses"][method],
-            "score": f"{sample['scores'][method]:.2f}".replace("-", MINUS),
+            "score": f"{sample['scores'][method] + 0.0:.2f}".replace("-", MINUS),  # not -0.00
         }
         for method in methods
     ]
