@@ -270,7 +270,8 @@ class PolicyWithValue(nn.Module):
     def head_values(self, hidden: Tensor) -> Tensor:
         """Values of hidden states, in the precision of the head's weights: autocast would round them to bf16, by more
         than they change from token to token."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        # The meta device, on which shapes are checked, knows no autocast.
+        with nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
     def separate_values(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
