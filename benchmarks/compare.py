@@ -33,7 +33,7 @@ BEGIN, END = "<!-- table: python benchmarks/compare.py -->\n", "<!-- end of tabl
 def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = "ppo, ppo_ending, figa, figa_kernels, labelling, gpu, growth"
+    names = "ppo, token_rewards, ppo_ending, figa, figa_kernels, labelling, gpu, growth"
     parser.add_argument("--quick", action="store_true", help="tiny sizes in one process: shows that it runs, no more")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help=f"some of {names}; printed, and written only to --out"

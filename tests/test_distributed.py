@@ -127,6 +127,8 @@ def test_the_slurm_script_is_bash_and_runs_every_training_stage() -> None:
     text = script.read_text(encoding="utf-8")
     params = yaml.safe_load((ROOT / "reproduce" / "profiles" / "paper" / "params.yaml").read_text(encoding="utf-8"))
     assert f"for method in {' '.join(params['methods'])}; do stage align" in text
+    # DVC would train again what it is not told of.
+    assert text.index("srun --") < text.index('dvc commit --force "reproduce/profiles/$PROFILE/dvc.yaml:$name"')
     # srun does not take over the processor cores of sbatch, and would leave one to 8 processes.
     assert text.index("export SRUN_CPUS_PER_TASK=") < text.index("srun --")
     assert set(re.findall(r"reproduce/accelerate/\w+\.yaml", text)) <= {

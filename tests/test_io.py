@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,6 +114,24 @@ def test_directory_whose_renaming_fails_comes_back(tmp_path, monkeypatch):
         (folder / "new").write_text("new")
     assert names(tmp_path) == ["model"]
     assert names(path) == ["old"]
+
+
+def test_directory_on_another_disk(tmp_path, monkeypatch):
+    source, path = tmp_path / "aside" / "model", tmp_path / "models" / "model"
+    for folder, name in ((source, "new"), (path, "old")):
+        (folder / "seed-1").mkdir(parents=True)
+        (folder / "seed-1" / name).write_text(name)
+    real, asked = os.stat, []
+
+    def far(name, **options):
+        asked.extend([name] if name == source else [])
+        return SimpleNamespace(st_dev=-1) if name == source and len(asked) == 1 else real(name, **options)
+
+    monkeypatch.setattr(io.os, "stat", far)
+    io.put_dir(source, path)
+    monkeypatch.undo()
+    assert names(path) == ["seed-1"] and names(path / "seed-1") == ["new"]
+    assert names(path.parent) == ["model"] and not source.exists()
 
 
 def test_checksum(tmp_path):

@@ -19,6 +19,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import as_completed
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,14 +27,16 @@ import pytest
 
 from fgalign.annotate import get_annotator
 from fgalign.annotate.llm import LLMAnnotatorConfig, annotate, parse_edit
-from fgalign.config import parse_section
-from fgalign.core.raw_data import RawSplit
-from fgalign.core.schema import Demonstration, Edit, Preference
+from fgalign.config import Profile, parse_section
+from fgalign.core.raw_data import RawData, RawSplit, Truth, write_raw
+from fgalign.core.schema import SPLITS, Demonstration, Edit, Preference
+from fgalign.core.schema import Prompt as PromptRecord
 from fgalign.errors import ConfigError, InputError
 from fgalign.evaluation.judges import Item, get_judge
 from fgalign.evaluation.llm_judge import LLMJudge, LLMJudgeConfig, parse_verdict
 from fgalign.llm import LLM, Limiter, LLMConfig, LLMError, api_key
 from fgalign.llm.prompts import Prompt
+from fgalign.stages.data import run_edits
 
 KEY = "sk-test-0123456789abcdef"
 FAST = {"retry-after-ms": "1"}
@@ -793,6 +796,23 @@ def test_what_the_annotator_needs(options):
     )
     with pytest.raises(InputError, match="id 'a': the reference answers another prompt than the response"):
         annotate(other, revise, "test")
+
+
+def test_every_split_is_checked_before_one_is_paid_for(server, options, tmp_path):
+    params = {"annotator": {"name": "llm", "task": "revise_to_reference", **options}}
+    profile = Profile("p", tmp_path, params, tmp_path / "params.yaml")
+    raw, gold = profile.data / "raw", profile.data / "gold"
+    split = RawSplit(prompts=[PromptRecord(id="a", prompt="prompt a")], preferences=[preference("a", "x")])
+    whole = replace(split, references=[Demonstration(id="a", prompt="prompt a", completion="z")])
+    truth = dict.fromkeys(SPLITS, Truth())
+    write_raw(RawData({"train": whole, "validation": split, "test": whole}, truth), raw, gold)
+    with pytest.raises(InputError, match="split validation: expected references"):
+        run_edits(profile)
+    assert server.requests == [] and not (profile.data / "edits").exists()
+    write_raw(RawData(dict.fromkeys(SPLITS, whole), truth), raw, gold)
+    server.reply = lambda request, number: "<edited>y</edited>"
+    run_edits(profile)
+    assert len(server.requests) == 1  # the same text in three splits
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ import platform
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from fgalign.core.modeling import RuntimeConfig, seed_workers
+from fgalign.core.modeling import RuntimeConfig, seed_workers, set_up
 from fgalign.errors import InputError, TrainingError
 from fgalign.parallel import can_fork, each_seed, progress
 
@@ -53,6 +55,72 @@ def test_an_error_of_one_seed_is_raised_as_it_is():
 
     with pytest.raises(InputError, match=r"^seed 2: bad$"):
         each_seed([1, 2, 3], work, 2)
+
+
+def test_after_an_error_no_further_seed_starts(tmp_path):
+    def work(seed: int) -> None:
+        (tmp_path / str(seed)).touch()
+        if seed == 1:
+            raise InputError("seed 1: bad")
+        time.sleep(1)
+
+    with pytest.raises(InputError, match="seed 1: bad"):
+        each_seed(list(range(10)), work, 2)
+    # 0 runs on to its end; what is next in line is told by then.
+    assert {path.name for path in tmp_path.iterdir()} <= {"0", "1", "2"}
+
+
+def test_an_error_that_another_process_cannot_read():
+    class Odd(Exception):
+        def __init__(self, where: str, what: str) -> None:
+            super().__init__(f"{where}: {what}")
+
+    def work(seed: int) -> None:
+        raise Odd("layer 3", "not finite")
+
+    with pytest.raises(TrainingError, match=r"^Odd: layer 3: not finite$"):
+        each_seed([1, 2], work, 2)
+
+
+STOPPED = """
+import os, sys, time
+from pathlib import Path
+from fgalign.parallel import each_seed
+import fgalign.cli as cli
+import signal
+
+folder = Path(sys.argv[1])
+
+def work(seed):
+    (folder / f"{seed}.started").write_text(str(os.getpid()))
+    time.sleep(60)
+
+signal.signal(signal.SIGTERM, cli._stop)
+try:
+    each_seed([1, 2, 3, 4], work, 2)
+finally:
+    (folder / "cleaned").touch()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_seeds_stop_with_their_stage(tmp_path, number, whole_group):
+    """As Slurm's time limit (all processes get SIGTERM), `kill`, or the memory killer end a stage."""
+    stage = subprocess.Popen([sys.executable, "-c", STOPPED, tmp_path], start_new_session=True)
+    waited = time.monotonic()
+    while len(list(tmp_path.glob("*.started"))) < 2 or not all(p.read_text() for p in tmp_path.glob("*.started")):
+        assert time.monotonic() - waited < 60 and stage.poll() is None
+        time.sleep(0.05)
+    started = [int(path.read_text()) for path in tmp_path.glob("*.started")]
+    (os.killpg if whole_group else os.kill)(stage.pid, number)
+    assert stage.wait(30) == (143 if number == signal.SIGTERM else -9)
+    assert (tmp_path / "cleaned").exists() == (number == signal.SIGTERM)
+    waited = time.monotonic()
+    while any(Path(f"/proc/{pid}").exists() for pid in started):
+        assert time.monotonic() - waited < 10
+        time.sleep(0.05)
+    assert len(list(tmp_path.glob("*.started"))) == 2  # no other seed has begun
 
 
 def test_a_killed_process_is_one_clear_error():
@@ -97,3 +165,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     # not all and not at once: a tensor that finds its place a little too small goes beside it (2 or 3 tensors here, 6
     # of the first 12 on another machine).
     assert int(found.stdout) < 40 * 16_384
+
+
+@pytest.mark.parametrize(("given", "seen"), [(None, "0"), ("3,1", "3"), ("2", "2"), ("", "")])
+def test_one_process_sees_one_gpu(monkeypatch, given, seen):
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    set_up(RuntimeConfig(threads=1))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen

@@ -25,7 +25,7 @@ SECOND = yaml.safe_load((ROOT / "reproduce" / "sweeps" / "dvc.yaml").read_text(e
 SMOKE = "reproduce/profiles/smoke/dvc.yaml"
 # What a stage's numbers cannot depend on: messages, tracking, the command line, how files are written, processes.
 # Nor on the table of methods: a new line in it must not train the others again.
-MINOR = ("errors", "tracking", "cli", "io", "config", "parallel", "methods")
+MINOR = ("errors", "tracking", "cli", "io", "config", "parallel", "unfinished", "hardware", "methods")
 NOT_DEPENDENCIES = {"fgalign", *(f"fgalign.{name}" for name in MINOR)}
 STAGE_FUNCTIONS = {
     "raw": ("data", "run_raw"),
@@ -652,3 +652,15 @@ def test_the_profile_uses_what_the_search_chose() -> None:
                 for part in key.split("."):
                     used = used[part]
                 assert used == value, f"params.yaml: methods.{row['method']}.{key}: the search chose {value}"
+
+
+def test_what_the_paper_says_of_the_shared_learning_rate_is_so() -> None:
+    """Its section on deviations says it in words: the PPOs' value is the lowest of their grid, and token-level PPO by
+    itself would have taken another."""
+    text = " ".join((ROOT / "paper" / "main.typ").read_text(encoding="utf-8").split())
+    assert "which is the lowest of their grid" in text and "token-level PPO would have taken another" in text
+    rows = [row for row in rows_of(ROOT / "results/mini/sweeps/metrics/search.csv") if row["method"] == "ppo_token"]
+    rates = [float(row["parameters"].split("=")[1]) for row in rows]
+    shared = [row["chosen"] for row in rows].index("1")
+    wins = [float(row["win"]) for row in rows]
+    assert rates[shared] == min(rates) and wins[shared] < max(wins)

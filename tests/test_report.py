@@ -755,8 +755,8 @@ def test_verdicts(low, high, reported, comparable, expected):
 def test_the_paper_text_holds_no_result():
     text = (ROOT / "paper" / "main.typ").read_text(encoding="utf-8")
     body = re.sub(r"//.*|#set .*|columns: .*|inset: .*|width: \d+%|size: [\d.]+(pt|em)|#v\(.*?\)|luma\(\d+\)", "", text)
-    # What is left with a decimal point is the released threshold, which methods.md allows as checked.
-    assert set(re.findall(r"(?<![\w.(])\d+\.\d+(?!\d*(?:cm|pt|em|fr))", body)) <= {"0.6"}
+    # What is left with a decimal point is released: the threshold, and FIGA's weight of bad tokens.
+    assert set(re.findall(r"(?<![\w.(])\d+\.\d+(?!\d*(?:cm|pt|em|fr))", body)) <= {"0.6", "0.5"}
 
 
 # --- the index -------------------------------------------------------------------------------------------------------

@@ -202,11 +202,14 @@ def test_compiled_decoder_draws_the_same(make_model, monkeypatch, temperature):
     model = make_model(vocab_size=12)
     prompts = [[token % 12 for token in prompt] for prompt in PROMPTS]
     decoder = CompiledDecoder(model)
-    for seed, rows in ((1, 5), (2, 5), (3, 3)):  # one cache twice, and another
-        uniform = uniforms(rows, BUDGET, torch.Generator().manual_seed(seed))
+    held = []
+    for seed, rows, budget in ((1, 5, BUDGET), (2, 5, BUDGET), (3, 3, BUDGET), (4, 3, 64), (5, 5, BUDGET)):
+        uniform = uniforms(rows, budget, torch.Generator().manual_seed(seed))
         expected, found = (sample(model, prompts[:rows], uniform, temperature, with_) for with_ in (None, decoder))
         assert found.response_lists() == expected.response_lists()
-    assert sorted(decoder._caches) == [(3, 64), (5, 64)]  # prompts and responses have fewer than 64 tokens
+        held.append({rows: cache.layers[0].keys.shape[2] for rows, cache in decoder._caches.items()})
+    # The longest prompt and BUDGET have fewer than 64 tokens; a longer cache replaces all that are shorter.
+    assert held == [{5: 64}, {5: 64}, {5: 64, 3: 64}, {3: 128}, {3: 128, 5: 128}]
 
 
 @pytest.mark.parametrize("kind", [Decoder, CompiledDecoder])

@@ -379,10 +379,16 @@ def _say(profile: Profile, paths: list[Path]) -> None:
         print(path.relative_to(profile.root))
 
 
+def _stop(*_: object) -> None:
+    """End as Slurm's time limit or a stopped container asks for: what the stage began to write is removed, and a second
+    signal, which accelerate's launcher sends, does not interrupt that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)
+
+
 def main() -> None:
     """Run the command line; an error that fgalign raises on purpose is one line on standard error and exit code 1."""
-    # Slurm's time limit and a stopped container end a stage like this: what it began to write is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except FgalignError as error:

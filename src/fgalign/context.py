@@ -32,6 +32,8 @@ class Context:
     """What ``spend`` has added up; empty while a stage has reported nothing."""
     overlay: Path | None = None
     """A folder whose ``models``, ``labels`` and ``edits`` take the place of the pipeline's where it has them."""
+    inputs: set[Path] = field(default_factory=set)
+    """The files and folders that were asked for so far."""
 
     def split(self, name: str) -> RawSplit:
         """The raw ``train`` or ``validation`` split.
@@ -39,7 +41,7 @@ class Context:
         Raises:
             ConfigError: another split is asked for; training never opens the test split.
         """
-        return read_split(self.profile.data / "raw" / self._trainable(name))
+        return read_split(self._used(self.profile.data / "raw" / self._trainable(name)))
 
     def labelled(self, name: str) -> list[LabelledPair]:
         """The labelled pairs of the ``train`` or ``validation`` split."""
@@ -52,7 +54,7 @@ class Context:
     def model(self, name: str) -> Path:
         """Folder of a model of an earlier stage, of this seed where the stage has seeds."""
         over = self.overlay and self.overlay / "models" / name
-        return over if over and over.exists() else self.profile.model_folder(name, self.seed)
+        return self._used(over if over and over.exists() else self.profile.model_folder(name, self.seed))
 
     def spend(self, *, training_tokens: int = 0, sampled_tokens: int = 0, gradient_updates: int = 0) -> None:
         """Add to what this seed has used: tokens without padding that went forward and backward (each pass counts),
@@ -80,7 +82,11 @@ class Context:
 
     def _file(self, kind: str, split: str) -> Path:
         over = self.overlay and self.overlay / kind / f"{split}.jsonl"
-        return over if over and over.exists() else self.profile.data / kind / f"{split}.jsonl"
+        return self._used(over if over and over.exists() else self.profile.data / kind / f"{split}.jsonl")
+
+    def _used(self, path: Path) -> Path:
+        self.inputs.add(path)
+        return path
 
     @staticmethod
     def _trainable(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fgalign.core.modeling import is_sharded
+from fgalign.core.modeling import is_sharded, reduce_in_float32
 from fgalign.core.rollout import Rollout
 from fgalign.errors import ConfigError
 
@@ -34,13 +34,9 @@ def check_supported(accelerator: Any, *, adapter: bool) -> None:
 def prepare_trained(both: Any, optimizer: Any, accelerator: Any, microbatch_size: int) -> tuple[Any, Any]:
     """accelerate's ``prepare`` of a ``PolicyWithValue`` and its optimiser."""
     if accelerator.is_fsdp2:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+        from torch.distributed.fsdp import register_fsdp_forward_method
 
-        if accelerator.mixed_precision == "bf16":
-            # accelerate's own would also return values and reduce gradients in bf16.
-            accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-            )
+        reduce_in_float32(accelerator)
         both, optimizer = accelerator.prepare(both, optimizer)
         register_fsdp_forward_method(both, "run_policy")
         return both, optimizer

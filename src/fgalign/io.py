@@ -46,21 +46,32 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     os.chmod(temporary, 0o755)
     try:
         yield temporary
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, old / path.name)
-            try:
-                os.replace(temporary, path)
-            except BaseException:
-                os.replace(old / path.name, path)
-                os.rmdir(old)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+        put_dir(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def put_dir(source: Path, path: Path) -> None:
+    """Move the directory ``source`` into the place of ``path``; if that fails, what was there is there again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.stat(source).st_dev != os.stat(path.parent).st_dev:  # another disk, which is copied to, and not renamed
+        with atomic_dir(path) as copy:
+            shutil.copytree(source, copy, dirs_exist_ok=True)
+        shutil.rmtree(source)
+        return
+    if not path.exists():
+        os.replace(source, path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    os.replace(path, old / path.name)
+    try:
+        os.replace(source, path)
+    except BaseException:
+        os.replace(old / path.name, path)
+        os.rmdir(old)
+        raise
+    shutil.rmtree(old)
 
 
 def write_text(path: str | Path, text: str) -> None:

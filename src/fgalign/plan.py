@@ -500,7 +500,8 @@ def report(profile: Profile, gpus: int | None = None) -> tuple[str, list[str]]:
         f"of {plan.data.response_tokens} tokens on average; rollouts from transformers; formulas in plan.py.",
         f"Host memory while loading: {max(estimate.host for estimate in found) / GIB:.0f} GiB a process.",
         f"Disk: {4 * model.total / GIB:.0f} GiB a saved model, one a stage and seed (a judge has one): "
-        f"{4 * model.total / GIB * (saved + 1):.0f} GiB in all.",
+        f"{4 * model.total / GIB * (saved + 1):.0f} GiB in all, and as much again in DVC's cache where the file system "
+        "cannot share files (reflinks).",
     ]
     estimated = {estimate.stage for estimate in found}
     others = [

@@ -555,7 +555,8 @@ class FineGrainedPPOTrainer:
             self.engine.sync()
             self._weights_changed = False
         rows = own_rows(len(prompts), self.accelerator)
-        with self._autocast():
+        # vLLM has a type of its own for its weights.
+        with self._autocast() if isinstance(self.engine, TransformersEngine) else nullcontext():
             rollout = self.engine.sample(
                 [prompts[row] for row in rows],
                 uniform[rows],

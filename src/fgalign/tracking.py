@@ -37,6 +37,8 @@ COMMAND = [sys.executable, "-m", "fgalign.tracking"]
 _BATCH = 500
 _PATIENCE = 60.0
 """Seconds to wait for the writing process before the work goes on without it."""
+_GIVE_UP = 3
+"""Errors in a row after which the store gets nothing more."""
 
 
 def tracking_uri(root: Path) -> str:
@@ -192,12 +194,21 @@ def _open(profile: Profile, stage: str, seed: int | None, params: Mapping[str, A
 
 def write(lines: Iterable[str]) -> None:
     """Write what the lines say to the store; a run that none of them ends is ended as killed. The first error is
-    printed and ends the writing, not the reading: the sender must never wait."""
+    printed, what failed is left out, and some errors in a row end the writing, not the reading: the sender must never
+    wait."""
     runs: dict[str, tuple[Any, str]] = {}
+    failures = 0
+
+    def attempt(action: Callable[[], None]) -> None:
+        nonlocal failures
+        if failures < _GIVE_UP:
+            failures = 0 if _safely(lambda: (action(), "done")) else failures + 1
 
     def carry_out(message: dict[str, Any]) -> None:
         if message["do"] == "open":
             runs[message["run"]] = _create(message)
+        elif message["run"] not in runs:  # it could not be opened
+            return
         elif message["do"] == "log":
             from mlflow.entities import Metric
 
@@ -209,11 +220,9 @@ def write(lines: Iterable[str]) -> None:
             client.set_terminated(run_id, message["status"])
 
     for line in lines:
-        if not _warned:
-            _safely(lambda line=line: carry_out(json.loads(line)))
+        attempt(lambda line=line: carry_out(json.loads(line)))
     for name in list(runs):
-        if not _warned:
-            _safely(lambda name=name: carry_out({"do": "end", "run": name, "status": "KILLED"}))
+        attempt(lambda name=name: carry_out({"do": "end", "run": name, "status": "KILLED"}))
 
 
 def _create(message: dict[str, Any]) -> tuple[Any, str]:
@@ -339,7 +348,7 @@ def _safely(action: Callable[[], Any]) -> Any:
             _warned = True
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             reason = re.sub(r"(?<=://)[^/\s]+@", "", reason)[:300]  # a server's address may hold a password
-            print(f"tracking: MLflow failed ({reason}); the work goes on untracked", file=sys.stderr)
+            print(f"tracking: MLflow failed ({reason}); the work goes on, not all of it tracked", file=sys.stderr)
         return None
 
 
@@ -348,8 +357,10 @@ def _now() -> int:
 
 
 def _main() -> None:
-    # Of an interrupted stage the end of its input is the sign to end; what it sent is written first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Of an interrupted stage the end of its input is the sign to end; what it sent is written first. Ctrl-C and Slurm's
+    # time limit go to all processes of a stage.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # MLflow tries a server that does not answer for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

@@ -12,7 +12,14 @@ from pydantic import Field
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fgalign.config import Section
-from fgalign.core.modeling import attend_in_float32, compile_layers, full_state, is_sharded, save_model
+from fgalign.core.modeling import (
+    attend_in_float32,
+    compile_layers,
+    full_state,
+    is_sharded,
+    reduce_in_float32,
+    save_model,
+)
 from fgalign.core.schema import LabelledPair
 from fgalign.errors import ConfigError, InputError, TrainingError
 from fgalign.parallel import is_main_process, process_count, progress
@@ -192,6 +199,7 @@ def train(trainer: Trainer, run: Run, title: str, optim: OptimConfig) -> dict[st
         if trainer.accelerator.num_processes > 1:
             raise ConfigError(f"compile: expected false on {trainer.accelerator.num_processes} processes, found true")
         compile_layers(trainer.model)
+    reduce_in_float32(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(run, title, optim.max_tokens, optim.schedule))
     trainer.train()

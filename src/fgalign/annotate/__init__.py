@@ -15,10 +15,12 @@ from fgalign.errors import ConfigError
 
 
 class Annotator(NamedTuple):
-    """An annotator: ``annotate(split, config, split_name)`` and the type of its configuration."""
+    """An annotator: ``annotate(split, config, split_name)``, the type of its configuration and, where edits cost
+    something, ``check`` with the same arguments: it raises for a split that cannot be edited and edits nothing."""
 
     annotate: Callable[[RawSplit, Any, Split], list[Edit]]
     config: type[Section]
+    check: Callable[[RawSplit, Any, Split], object] | None = None
 
 
 def get_annotator(name: str) -> Annotator:
@@ -37,8 +39,8 @@ def get_annotator(name: str) -> Annotator:
 
         return Annotator(replay, ReplayConfig)
     if name == "llm":
-        from fgalign.annotate.llm import LLMAnnotatorConfig
+        from fgalign.annotate.llm import LLMAnnotatorConfig, to_edit
         from fgalign.annotate.llm import annotate as ask_llm
 
-        return Annotator(ask_llm, LLMAnnotatorConfig)
+        return Annotator(ask_llm, LLMAnnotatorConfig, to_edit)
     raise ConfigError(f"annotator.name: unknown annotator {name!r}; expected simulated, replay or llm")

@@ -48,11 +48,7 @@ def annotate(split: RawSplit, config: LLMAnnotatorConfig, split_name: Split) -> 
     """
     path = None if config.prompt is None else find_root() / config.prompt
     prompt = Prompt(config.task, FIELDS[config.task], path)
-    if config.task == "minimal_edit":
-        tasks = [(id_, {"prompt": asked, "response": text}) for id_, asked, text in _responses(split, split_name)]
-    else:
-        tasks = _with_references(split, split_name)
-    tasks = tasks[: config.responses]
+    tasks = to_edit(split, config, split_name)
     llm = LLM(config, f"{config.task} {split_name}")
     revised = llm.ask([prompt.fill(**values) for _, values in tasks], parse_edit)
     edits, changed = [], 0.0
@@ -67,6 +63,19 @@ def annotate(split: RawSplit, config: LLMAnnotatorConfig, split_name: Split) -> 
     share = f"; an edit changes {changed / len(edits):.1%} of the words on average" if edits else ""
     print(f"{split_name}: {len(edits)} of {len(tasks)} responses edited, {unchanged} left unchanged{share}")
     return edits
+
+
+def to_edit(split: RawSplit, config: LLMAnnotatorConfig, split_name: Split) -> list[tuple[str, dict[str, str]]]:
+    """What is edited: each response's id, and the prompt's fields (``FIELDS``).
+
+    Raises:
+        InputError: as ``annotate``.
+    """
+    if config.task == "minimal_edit":
+        tasks = [(id_, {"prompt": asked, "response": text}) for id_, asked, text in _responses(split, split_name)]
+    else:
+        tasks = _with_references(split, split_name)
+    return tasks[: config.responses]
 
 
 def parse_edit(answer: str) -> str | None:

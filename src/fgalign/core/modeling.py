@@ -8,6 +8,7 @@ import gc
 import os
 import platform
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,13 +55,15 @@ def set_up(config: RuntimeConfig) -> torch.device:
     # Looking for a GPU must not start CUDA here: with ``workers`` above 1, forked processes do.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if process_count() == 1 and config.device != "cpu":
-        # One process has one GPU. transformers would spread a batch over all that it sees, which TRL refuses.
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        # One process has one GPU, the first of those it is given. transformers would spread a batch over all that it
+        # sees, which TRL refuses.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("runtime.device: cuda asked for, but torch finds no GPU; use `device: auto` or `device: cpu`")
     use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if use_cuda else "cpu")
     torch.use_deterministic_algorithms(True, warn_only=use_cuda)
     # Deterministic mode also fills every new tensor, which costs a third of a training step; nothing here reads
     # memory it has not written.
@@ -71,8 +74,11 @@ def set_up(config: RuntimeConfig) -> torch.device:
     if process_count() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=not use_cuda)
-    return torch.device("cuda" if use_cuda else "cpu")
+        # While the main process loads or saves a large model, the others wait for longer than NCCL's 10 minutes.
+        PartialState(cpu=not use_cuda, timeout=timedelta(hours=2))
+        # Trainers of transformers take this for their precision, whatever their arguments say.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if use_bf16(config, device) else "no"
+    return device
 
 
 def leave_out_cudnn_attention() -> None:
@@ -245,6 +251,17 @@ def is_sharded(accelerator: Any) -> bool:
     """Whether a process holds only a part of the weights (FSDP, ZeRO-3)."""
     kind = str(accelerator.distributed_type)
     return "FSDP" in kind or ("DEEPSPEED" in kind and accelerator.state.deepspeed_plugin.zero_stage == 3)
+
+
+def reduce_in_float32(accelerator: Any) -> None:
+    """Under FSDP in bf16, reduce gradients in float32 and leave outputs as they are: accelerate's own policy makes bf16
+    of both. To be called before anything is prepared."""
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
 
 
 def full_state(model: Any, accelerator: Any, prefix: str = "") -> dict[str, Any] | None:

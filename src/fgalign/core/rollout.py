@@ -147,27 +147,32 @@ class Decoder:
 
 class CompiledDecoder(Decoder):
     """A decoder whose passes over one token a row go through torch.compile, with a key-value cache of fixed size: a
-    multiple of ``BLOCK``, so that few shapes are compiled (torch compiles some ten seconds for each)."""
+    multiple of ``BLOCK``, and never smaller than one before, so that few shapes are compiled (torch compiles some ten
+    seconds for each, and runs without compiling after eight)."""
 
     BLOCK = 64
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._compiled = torch.compile(model, dynamic=False)
-        self._caches: dict[tuple[int, int], Any] = {}
+        self._caches: dict[int, Any] = {}
+        self._length = 0
         self._padding = 0
 
     def start(self, rows: int, width: int) -> None:
-        """See ``Decoder``. A cache is kept for the next rows of its size: what is compiled is bound to its memory."""
+        """See ``Decoder``. A cache is kept for as many rows as it has, because what is compiled is bound to its memory,
+        until a longer one is needed."""
         from fgalign.core.kv_cache import FixedCache
 
-        length = -(-width // self.BLOCK) * self.BLOCK
-        self._padding = length - width
-        if (rows, length) in self._caches:
-            self._caches[rows, length].reset()
+        if width > self._length:
+            self._length = -(-width // self.BLOCK) * self.BLOCK
+            self._caches.clear()
+        self._padding = self._length - width
+        if rows in self._caches:
+            self._caches[rows].reset()
         else:
-            self._caches[rows, length] = FixedCache(config=self.model.config, max_cache_len=length)
-        self.cache = self._caches[rows, length]
+            self._caches[rows] = FixedCache(config=self.model.config, max_cache_len=self._length)
+        self.cache = self._caches[rows]
 
     def step(self, ids: Tensor, mask: Tensor, positions: Tensor, seen: int, hidden: bool) -> tuple[Tensor, Any]:
         """See ``Decoder``."""

@@ -162,9 +162,7 @@ def _llm_judge(config: LLMJudgeConfig) -> Judge:
 
 
 def _reward_judge(config: RewardJudgeConfig) -> Judge:
-    import torch
-
-    from fgalign.core.modeling import load_sequence_reward_model, load_tokenizer
+    from fgalign.core.modeling import RuntimeConfig, load_sequence_reward_model, load_tokenizer, set_up
     from fgalign.core.tokens import encode_prompt, encode_response
     from fgalign.rewards import reward_function, saved_level
     from fgalign.rewards.scoring import score_responses
@@ -172,8 +170,7 @@ def _reward_judge(config: RewardJudgeConfig) -> Judge:
     folder = find_root() / config.folder if not Path(config.folder).is_absolute() else Path(config.folder)
     if saved_level(folder) != "sequence":
         raise ConfigError(f"{folder}: expected a sequence-level reward model, found a token-level one")
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    device = "cuda" if cuda else "cpu"
+    device = set_up(RuntimeConfig(device=config.device))
     tokenizer = load_tokenizer(folder)
     reward = reward_function(load_sequence_reward_model(folder, device), "sequence")
 

@@ -530,6 +530,7 @@ FURTHER: tuple[Claim, ...] = (
     _wins(
         "token_ppo_beats_edit_ppo", BEYOND, "Token-level PPO beats fine-grained PPO (edits).", "ppo_token", "ppo_edit"
     ),
+    _wins("ppo_beats_sft", BEYOND, "PPO beats the SFT model that it starts from.", PLAIN_PPO, SFT),
     Claim(
         "token_rewards_find_flaws", BEYOND,
         "Token rewards put more weight on flawed tokens, beyond chance, than sequence rewards.",

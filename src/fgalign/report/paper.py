@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fgalign.config import DEFAULT_PROFILE, Profile, known_profiles, load_profile
+from fgalign.config import DEFAULT_PROFILE, Profile, known_profiles, load_profile, parse_section
 from fgalign.errors import FgalignError, InputError
 from fgalign.io import atomic_dir, atomic_file, read_json, write_json
 from fgalign.report.cells import MINUS, Cell, display, read_table
-from fgalign.report.claims import BEYOND, LEVEL, VERDICTS, Result, claims_path, read_claims, untested
+from fgalign.report.claims import BEYOND, LEVEL, VERDICTS, Result, claims_from_csv, claims_path, read_claims, untested
 from fgalign.report.config import other_judges, report_config
 from fgalign.report.figures import FIGURES, figure_paths
 from fgalign.report.reported import FIGA_ROW, FIGA_SOURCE, REPORTED, Reported, verdict
@@ -25,6 +25,11 @@ from fgalign.report.tables import TABLES, blocks, table_paths
 HUMAN = "human"
 MORE_SEEDS = "more-seeds"
 """The default profile with more seeds, for the claims alone."""
+EARLIER = {
+    "earlier test split": "results/first-test-split/claims-12-seeds.csv",
+    "another base model": "results/other-base-models/intel-xeon/claims-12-seeds.csv",
+}
+"""Claims of the profile with more seeds as they came out before; no stage writes them again."""
 
 
 def paper_inputs(root: Path) -> list[Path]:
@@ -39,6 +44,7 @@ def paper_inputs(root: Path) -> list[Path]:
     if human:
         paths += [human.file, *(path for _, path in _built_tables(human)), *_built_figures(human)]
     tested = [claims_path(item) for item in (profile, human, _more_seeds(root)) if item]
+    tested += [root / path for path in EARLIER.values()]
     return paths + [path for path in tested if path.exists()]
 
 
@@ -97,10 +103,11 @@ def paper_numbers(profile: Profile, human: Profile | None) -> dict[str, Any]:
         "main": main,
         "human": _profile_numbers(human, list(dict(_built_tables(human)))) if human else None,
         "more_seeds": _with_more_seeds(profile.root),
+        "earlier": _earlier(profile.root),
         "comparisons": _comparisons(profile, _more_seeds(profile.root)),
         "published_figa_row": {"source": FIGA_SOURCE, "cells": [list(item) for item in FIGA_ROW.items()]},
         "sample": _sample(profile),
-        "settings": _flatten({key: value for key, value in profile.params.items() if key != "report"}),
+        "settings": _flatten({key: value for key, value in _with_world(profile).items() if key != "report"}),
     }
 
 
@@ -166,6 +173,42 @@ def _with_more_seeds(root: Path) -> dict[str, Any] | None:
     return {"name": MORE_SEEDS, "seeds": len(profile.seeds), "claims": claims} if profile and claims else None
 
 
+def _earlier(root: Path) -> dict[str, Any] | None:
+    """Claims with more seeds whose verdict is another one in an earlier run: the runs' names, the newest first, and for
+    each claim its sentence and (estimate, interval, verdict) of each run. None where there is nothing to compare."""
+    profile, paths = _more_seeds(root), {title: root / path for title, path in EARLIER.items()}
+    if profile is None or not claims_path(profile).exists() or not all(path.exists() for path in paths.values()):
+        return None
+    runs = {"here": read_claims(profile)}
+    runs |= {title: claims_from_csv(path.read_text(encoding="utf-8"), path) for title, path in paths.items()}
+    rows, same = [], 0
+    found = [{result.claim: result for result in results} for results in runs.values()]
+    for claim, result in found[0].items():
+        each = [run[claim] for run in found if claim in run]
+        if len(each) < len(found):
+            continue
+        if len({one.verdict for one in each}) == 1:
+            same += 1
+            continue
+        cells = [[shown["estimate"], shown["interval"], shown["verdict"]] for shown in map(_claim, each)]
+        rows.append({"sentence": result.sentence, "cells": cells})
+    return {"runs": list(runs), "rows": rows, "same": same}
+
+
+def _with_world(profile: Profile) -> dict[str, Any]:
+    """The profile's parameters, those of the source and of the annotator with their defaults."""
+    from fgalign.annotate import get_annotator
+    from fgalign.sources import get_source
+
+    params = dict(profile.params)
+    for key, get in (("source", get_source), ("annotator", get_annotator)):
+        if key in params:
+            options = {name: value for name, value in params[key].items() if name != "name"}
+            config = parse_section(options, get(params[key]["name"]).config, f"{profile.file}: {key}")
+            params[key] = {"name": params[key]["name"], **config.model_dump()}
+    return params
+
+
 def _claim(result: Result) -> dict[str, str]:
     def show(value: float | None, sign: str = "+") -> str:
         if value is None:
@@ -175,6 +218,7 @@ def _claim(result: Result) -> dict[str, str]:
         return f"{value:{sign}.{2 if near else 1}f}".replace("-", MINUS)
 
     return {
+        "name": result.claim,
         "paper": result.paper,
         "sentence": result.sentence,
         "quantity": result.quantity,
@@ -224,12 +268,9 @@ def _comparisons(profile: Profile, more: Profile | None) -> dict[str, dict[str, 
 
 
 def _compared(reported: Reported, cell: Cell) -> dict[str, str]:
-    """Our number beside a published one, with the verdicts on its sign and, where it is comparable, on its size."""
-    shown, size = display(cell), ""
-    if reported.comparable and cell.low is not None and cell.high is not None:
-        inside = cell.low <= reported.value <= cell.high
-        size = "inside our interval" if inside else "outside our interval"
-    return {"ours": shown.value, "interval": shown.interval, "verdict": verdict(reported, cell), "size": size}
+    """Our number beside a published one, with the verdict on its sign."""
+    shown = display(cell)
+    return {"ours": shown.value, "interval": shown.interval, "verdict": verdict(reported, cell)}
 
 
 def _verdict(table: str, cells: list[Cell], method: str, metric: str) -> str:

@@ -43,7 +43,15 @@ def run_benchmark(profile: Profile) -> None:
     are evaluated in one stage, because loading the harness takes longer than a small model's tasks.
     """
     from fgalign.benchmarks.harness import ChatLM, Score, load_tasks, run_tasks, task_manager
-    from fgalign.core.modeling import RuntimeConfig, load_causal_lm, load_tokenizer, seed_workers, set_up, use_bf16
+    from fgalign.core.modeling import (
+        RuntimeConfig,
+        load_causal_lm,
+        load_tokenizer,
+        release_memory,
+        seed_workers,
+        set_up,
+        use_bf16,
+    )
     from fgalign.decoding import read_decoding
     from fgalign.parallel import each_seed
 
@@ -66,7 +74,10 @@ def run_benchmark(profile: Profile) -> None:
             prefix=read_decoding(folder).prefix,
             title=f"benchmark {method}" + ("" if method == "base" else f" seed {seed}"),
         )
-        return run_tasks(lm, manager, config)
+        scores = run_tasks(lm, manager, config)
+        del lm
+        release_memory(device)
+        return scores
 
     started = time.monotonic()
     methods = ["sft", *profile.params.get("methods", {})]

@@ -40,6 +40,9 @@ def run_edits(profile: Profile) -> None:
     name, options = _named(profile, "annotator")
     annotator = get_annotator(name)
     config = parse_section(options, annotator.config, f"{profile.file}: annotator")
+    if annotator.check is not None:
+        for split in SPLITS:
+            annotator.check(read_split(profile.data / "raw" / split), config, split)
     with atomic_dir(profile.data / "edits") as folder:
         for split in SPLITS:
             edits = annotator.annotate(read_split(profile.data / "raw" / split), config, split)

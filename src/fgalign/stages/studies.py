@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fgalign.config import Profile
 from fgalign.context import Context
-from fgalign.core.modeling import RuntimeConfig, seed_everything, seed_workers, set_up
+from fgalign.core.modeling import RuntimeConfig, release_memory, seed_everything, seed_workers, set_up
 from fgalign.core.schema import Edit, read_records, write_records
 from fgalign.errors import InputError
 from fgalign.io import atomic_dir
@@ -63,6 +63,7 @@ def run_study(profile: Profile, name: str) -> None:
                     edits = read_records(edits_file(profile, name, key), Edit)
                     _learn_from(edits, context, method)
                 align(context, method, variant.change)
+            release_memory(device)
 
         items = [(key, seed) for key in study.variants for seed in profile.seeds]
         each_seed(items, one, seed_workers(runtime, device))
@@ -86,6 +87,7 @@ def run_search(profile: Profile) -> None:
                 entry = profile.params["methods"][candidate.method]
                 no_curve = {"curve.prompts": 0} if "curve" in entry else {}
                 align(context, candidate.method, {**candidate.changes, **no_curve})
+            release_memory(device)
 
         each_seed(candidates(profile), one, seed_workers(runtime, device))
 

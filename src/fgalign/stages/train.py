@@ -16,30 +16,35 @@ from fgalign.core.raw_data import read_split
 from fgalign.errors import ConfigError
 from fgalign.io import write_json
 from fgalign.methods import get_method
-from fgalign.parallel import each_seed, output_dir
+from fgalign.parallel import each_seed, is_main_process, output_dir
 from fgalign.tracking import track
+from fgalign.unfinished import stage_seeds
 
 
 def train_seeds(profile: Profile, stage: str, config: Section, train: Callable[[Context], None]) -> None:
     """Run ``train`` for every seed of the profile and put the models of all of them in place together, each with a
-    ``budget.json`` of what it has spent (see ``Context.spend``). Processes that `accelerate launch` started train each
-    seed together, one after the other."""
+    ``budget.json`` of what it has spent (see ``Context.spend``). Seeds that were ready when the stage stopped before
+    are not trained again (``fgalign.unfinished``). Processes that `accelerate launch` started train each seed
+    together, one after the other."""
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
-    with output_dir(profile.models(stage)) as folder:
+    with stage_seeds(profile, stage, str(device)) as seeds:
 
         def one(seed: int) -> None:
             seed_everything(seed)
-            out = folder / f"seed-{seed}"
+            out = seeds.folder / f"seed-{seed}"
             out.mkdir()
             with track(profile, stage, seed, config.model_dump()) as run:
                 context = Context(profile, stage, seed, device, runtime, out, run)
                 train(context)
                 if context.spent:
                     write_json(out / "budget.json", context.spent)
+            seeds.finish(seed, context.inputs)
             release_memory(device)
 
-        each_seed(profile.seeds, one, seed_workers(runtime, device))
+        if seeds.ready and is_main_process():
+            print(f"{stage}: ready since the run that stopped: seeds {', '.join(map(str, seeds.ready))}", flush=True)
+        each_seed([seed for seed in profile.seeds if seed not in seeds.ready], one, seed_workers(runtime, device))
 
 
 def run_base(profile: Profile) -> None:
