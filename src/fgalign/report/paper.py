@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fgalign.config import DEFAULT_PROFILE, Profile, known_profiles, load_profile, parse_section
+from fgalign.config import DEFAULT_PROFILE, Profile, known_profiles, load_profile
 from fgalign.errors import FgalignError, InputError
 from fgalign.io import atomic_dir, atomic_file, read_json, write_json
 from fgalign.report.cells import MINUS, Cell, display, read_table
@@ -107,7 +107,7 @@ def paper_numbers(profile: Profile, human: Profile | None) -> dict[str, Any]:
         "comparisons": _comparisons(profile, _more_seeds(profile.root)),
         "published_figa_row": {"source": FIGA_SOURCE, "cells": [list(item) for item in FIGA_ROW.items()]},
         "sample": _sample(profile),
-        "settings": _flatten({key: value for key, value in _with_world(profile).items() if key != "report"}),
+        "settings": _flatten({key: value for key, value in profile.params.items() if key != "report"}),
     }
 
 
@@ -193,20 +193,6 @@ def _earlier(root: Path) -> dict[str, Any] | None:
         cells = [[shown["estimate"], shown["interval"], shown["verdict"]] for shown in map(_claim, each)]
         rows.append({"sentence": result.sentence, "cells": cells})
     return {"runs": list(runs), "rows": rows, "same": same}
-
-
-def _with_world(profile: Profile) -> dict[str, Any]:
-    """The profile's parameters, those of the source and of the annotator with their defaults."""
-    from fgalign.annotate import get_annotator
-    from fgalign.sources import get_source
-
-    params = dict(profile.params)
-    for key, get in (("source", get_source), ("annotator", get_annotator)):
-        if key in params:
-            options = {name: value for name, value in params[key].items() if name != "name"}
-            config = parse_section(options, get(params[key]["name"]).config, f"{profile.file}: {key}")
-            params[key] = {"name": params[key]["name"], **config.model_dump()}
-    return params
 
 
 def _claim(result: Result) -> dict[str, str]:
