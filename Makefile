@@ -34,6 +34,10 @@ $(STAMP): requirements.lock pyproject.toml
 		echo "make: expected Python 3.11 or newer, found $$($(PYTHON) --version 2>&1 || true): install one, or name one, as in make PYTHON=python3.12 setup" >&2
 		exit 1
 	}
+	if [ -L $(VENV) ]; then
+		echo "make: expected $(VENV) to be this checkout's own, found a link: what it points to would run this checkout's code; remove the link" >&2
+		exit 1
+	fi
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 	echo "Installing $(TORCH) into $(VENV) (200 MB for the CPU, several GB with CUDA)"
 	$(PIP) install -q $(TORCH)

@@ -6,6 +6,8 @@ Every ratio is measured side by side: the same model, data, batch and machine, b
 reversed every second round. With one thread (the default) times on the CPU are seconds of the processor, which other
 work on the machine hardly lengthens. Writes ``table.csv``, ``hardware.json`` and ``growth.csv``, ``.png`` and ``.pdf``
 to ``results/benchmarks`` and the table into ``docs/performance.md``; ``--render`` draws both again from the files.
+``--only ... --out results/benchmarks`` puts the rows of some comparisons in the place of those of the same name, on the
+machine that the others were measured on.
 TRL's PPO runs in an environment of its own, which is made on first use.
 """
 
@@ -35,9 +37,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = "ppo, token_rewards, ppo_ending, figa, figa_kernels, labelling, gpu, growth"
     parser.add_argument("--quick", action="store_true", help="tiny sizes in one process: shows that it runs, no more")
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help=f"some of {names}; printed, and written only to --out"
-    )
+    only = f"some of {names}; printed, and written only to --out, in the place of the rows of the same name"
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=only)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one that does not (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each side (default: 1)")
     parser.add_argument(
@@ -51,6 +52,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(given)
     if options.rounds < 1 or options.threads < 1:
         parser.error(f"expected at least 1 round and 1 thread, found {options.rounds} and {options.threads}")
+    if options.quick and options.out is not None and options.out.resolve() == RESULTS:
+        parser.error("--quick: its numbers mean nothing; give another --out than results/benchmarks")
     return options
 
 
@@ -71,14 +74,14 @@ def measure(options: argparse.Namespace, out: Path | None) -> None:
     """Run the comparisons, print what they found, and write it to ``out``.
 
     Raises:
-        SystemExit: an unknown name after ``--only``.
+        SystemExit: an unknown name after ``--only``, or ``out`` has what was measured on another machine.
     """
     import torch
     from speed import growth
     from speed.comparisons import COMPARISONS, Session
     from speed.environment import ensure_environment
     from speed.gpu import smollm2
-    from speed.table import markdown, write_rows
+    from speed.table import markdown, merge, read_rows, write_rows
 
     known = dict(COMPARISONS)
     if torch.cuda.is_available() and not options.quick:
@@ -94,14 +97,18 @@ def measure(options: argparse.Namespace, out: Path | None) -> None:
     torch.set_num_threads(options.threads)
     trl = None if options.no_trl or options.quick else ensure_environment(options.trl_env.absolute())
     started, load, rows = time.time(), os.getloadavg()[0], []
+    others = [] if out is None or not options.only or not (out / "table.csv").exists() else read_rows(out / "table.csv")
     with tempfile.TemporaryDirectory() as folder:
         session = Session(Path(folder), options.rounds, threads=options.threads, trl_python=trl, **quick(options.quick))
+        if others:
+            check_machine(out, session)
         for name in chosen:
             print(f"{name} ...", file=sys.stderr, flush=True)
             rows += known[name](session) if name in known else []
             if rows and out is not None:
-                write_rows(out / "table.csv", rows)
-                write_machine(out, session, started, load)
+                write_rows(out / "table.csv", merge(others, rows))
+                if not others:
+                    write_machine(out, session, started, load)
         if rows:
             print(markdown(rows), end="", flush=True)
         if "growth" in chosen:
@@ -110,20 +117,40 @@ def measure(options: argparse.Namespace, out: Path | None) -> None:
                 points.append(point)
                 if out is not None:
                     growth.write_points(out / "growth.csv", points)
-                    write_machine(out, session, started, load)
+                    if not others:
+                        write_machine(out, session, started, load)
+
+
+def machine(session: Any) -> dict[str, Any]:
+    """The machine that this is, and the versions of both environments."""
+    from speed.environment import versions
+
+    from fgalign.hardware import describe
+
+    pythons = {"fgalign": sys.executable, "trl_ppo": session.trl_python}
+    found = {name: versions(python) for name, python in pythons.items() if python is not None}
+    return {**describe(session.threads), "versions": found}
+
+
+def check_machine(out: Path, session: Any) -> None:
+    """Raise SystemExit unless this is the machine of ``hardware.json``, with the same versions and threads: a table has
+    one machine."""
+    from fgalign.io import read_json
+
+    here, there = machine(session), read_json(out / "hardware.json")
+    for key, found in here.items():
+        # TRL's environment may be left out here.
+        known = {name: there[key].get(name) for name in found} if key == "versions" else there.get(key)
+        if found != known:
+            raise SystemExit(f"{out}: {key}: expected {known}, as for its other rows, found {found}; measure all of it")
 
 
 def write_machine(out: Path, session: Any, started: float, load: float) -> None:
     """Write ``hardware.json``: the machine, versions, how long the run took, how busy the machine was."""
-    from speed.environment import versions
-
-    from fgalign.hardware import describe
     from fgalign.io import write_json
 
-    pythons = {"fgalign": sys.executable, "trl_ppo": session.trl_python}
     hardware = {
-        **describe(session.threads),
-        "versions": {name: versions(python) for name, python in pythons.items() if python is not None},
+        **machine(session),
         "minutes": round((time.time() - started) / 60, 1),
         "load_before": round(load, 2),
         "wall_over_cpu_seconds": {

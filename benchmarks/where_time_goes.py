@@ -32,7 +32,17 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("generation", ("generate@",)),
     (
         "judging and metrics",
-        ("judge@", "rejudge@", "curves", "label_quality", "reward_models", "token_models", "credit", "samples"),
+        (
+            "judge@",
+            "rejudge@",
+            "curves",
+            "label_quality",
+            "text_quality",
+            "reward_models",
+            "token_models",
+            "credit",
+            "samples",
+        ),
     ),
     ("tables, figures, paper", ("settings", "table ", "figure ", "claims", "paper", "index")),
 )

@@ -3,7 +3,7 @@
 accelerate launch --config_file reproduce/accelerate/fsdp.yaml --num_processes 2 --mixed_precision no
     tests/distributed_worker.py OUT
 
-With more arguments it runs `fgalign align` for each of them instead, as OUT's repository has them.
+With more arguments it runs those stages of OUT's repository instead ("align figa").
 """
 
 from __future__ import annotations
@@ -42,9 +42,39 @@ def shard_on_the_cpu() -> None:
     AcceleratorState.__init__ = started
 
 
+def zero3_on_the_cpu() -> None:
+    """Make accelerate use DeepSpeed on the CPU as well, as it was launched, and ZeRO-3 share out small parameters too.
+
+    accelerate (1.15) turns DeepSpeed on where it is not told to stay on the CPU: its state is not told here. ZeRO-3
+    leaves parameters of up to 100,000 numbers whole, and the models here have no larger ones.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DeepSpeedPlugin
+    from deepspeed.comm import torch as communication
+
+    # It would compile a kernel of its own for sums on the CPU; without it gloo does them.
+    communication.build_shm_op = lambda: None
+    start, filled_in = AcceleratorState.__init__, DeepSpeedPlugin.__post_init__
+
+    def started(self: Any, *args: Any, cpu: bool = False, **kwargs: Any) -> None:
+        if not PartialState._shared_state:
+            PartialState(cpu=True)
+        start(self, *args, **kwargs)
+
+    def filled_in_for_small_models(self: Any) -> None:
+        filled_in(self)
+        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    AcceleratorState.__init__ = started
+    DeepSpeedPlugin.__post_init__ = filled_in_for_small_models
+
+
 def llama(seed: int = 0, kind: str = "CausalLM", **config: Any) -> Any:
     import transformers
 
+    from fgalign.core.modeling import load_whole
+
+    load_whole()
     torch.manual_seed(seed)
     return getattr(transformers, f"LlamaFor{kind}")(
         transformers.LlamaConfig(
@@ -88,8 +118,8 @@ held: dict[str, float] = {}
 def share_held(model: Any) -> float:
     """Share of a model's parameters that this process holds."""
     parameters = list(model.parameters())
-    own = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters)
-    return own / sum(p.numel() for p in parameters)
+    own = sum((p.to_local() if hasattr(p, "to_local") else getattr(p, "ds_tensor", p)).numel() for p in parameters)
+    return own / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
 def figa(out: Path, processes: int) -> list[dict[str, float]]:
@@ -103,7 +133,7 @@ def figa(out: Path, processes: int) -> list[dict[str, float]]:
         FIGAConfig(
             output_dir=str(out), per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2,
             learning_rate=1e-2, num_train_epochs=2, threshold=3.0, logging_steps=1, seed=1, use_cpu=True,
-            report_to="none", save_strategy="no", disable_tqdm=True,
+            report_to="none", save_strategy="no", disable_tqdm=True, max_grad_norm=0.5,
         ),
         Dataset.from_list(pairs(24)),
         tokenizer(),
@@ -115,6 +145,7 @@ def figa(out: Path, processes: int) -> list[dict[str, float]]:
 
 
 def ppo(out: Path, **config: Any) -> list[dict[str, float]]:
+    from fgalign.distributed import full_parameters
     from fgalign.ppo_trainer import FineGrainedPPOConfig, FineGrainedPPOTrainer
     from fgalign.rewards import reward_function
 
@@ -137,6 +168,10 @@ def ppo(out: Path, **config: Any) -> list[dict[str, float]]:
     trainer.train()
     rollout = trainer.sample(PROMPTS[:5])
     logs.append({"kl of 5 answers": float((trainer.logps(rollout) - trainer.ref_logps(rollout))[:, 0].sum())})
+    # What vLLM would be given.
+    policy = trainer.accelerator.unwrap_model(trainer.model).policy
+    full = full_parameters(policy, trainer.accelerator)
+    logs[-1]["mean weight"] = float(torch.stack([value.abs().mean() for _, value in full]).mean())
     trainer.save_model()
     held[out.name] = min(share_held(model) for model in (trainer.model, trainer.ref_model, trainer.reward.model))
     return logs
@@ -144,22 +179,24 @@ def ppo(out: Path, **config: Any) -> list[dict[str, float]]:
 
 def main() -> None:
     out = Path(sys.argv[1])
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_the_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        zero3_on_the_cpu()
     if len(sys.argv) > 2:
         os.chdir(out)
         from fgalign.cli import app
 
-        for method in sys.argv[2:]:
-            app(["align", method, "--profile", "smoke"], standalone_mode=False)
+        for stage in sys.argv[2:]:
+            app([*stage.split(), "--profile", "smoke"], standalone_mode=False)
         return
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        shard_on_the_cpu()
     found = {
         "figa": figa(out / "figa", processes),
         "ppo": ppo(out / "ppo", whiten_rewards=True, inference_batch_size=3, microbatch_size=1),
         "ppo, value model": ppo(out / "value", value_model="separate", gradient_checkpointing=True),
-        "ppo, groups": ppo(out / "group", advantage="group", group_size=4),
+        "ppo, groups": ppo(out / "group", advantage="group", group_size=4, max_grad_norm=0.5),
     }
     from accelerate import Accelerator
 

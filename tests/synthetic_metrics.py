@@ -20,6 +20,7 @@ STUDIES = {
     "figa_data_ablation": {"full": 0.55, "no_filter": 0.53, "reference": 0.45, "quarter": 0.47},
     "figa_sweeps": {"as_released": 0.55, "alpha_2": 0.56, "threshold_p": 0.54},
     "figa_filter": {"three": 0.55, "no_eta1": 0.54, "pairs_100": 0.5},
+    "ppo_rates": {"plain": 0.5, "token": 0.56},
 }
 LEVELS = (0.0, 0.1, 0.2, 0.4, 0.8)
 TASKS = (("world_knowledge", "acc"), ("world_bias", "pct_stereotype"), ("world_bias", "likelihood_diff"))
@@ -141,6 +142,13 @@ def write_more_metrics(profile: Profile, prompts: int = 60) -> None:
     write_overoptimisation(profile)
     write_credit(profile)
     write_rejudged(profile, "rouge_l", prompts)
+    rows = [
+        [split, text, f"{text}-{index}", -index % 3, 0.5 * (index % 3) if text == "chosen" else ""]
+        for split, texts in (("train", ("demonstration", "chosen", "rejected", "revised")), ("test", ("reference",)))
+        for text in texts
+        for index in range(6)
+    ]
+    write_csv(profile.results / "metrics" / "text_quality.csv", "split,text,id,score,better", rows)
 
 
 def write_overoptimisation(profile: Profile) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import random
 import sys
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,8 +161,6 @@ def test_edits_are_at_the_given_share(compare):
 
 
 def test_the_random_policy_ends_as_told_and_never_pads(compare):
-    from dataclasses import replace
-
     from speed.workload import EOS, PAD, PPOWorkload, random_policy
 
     workload = PPOWorkload(vocab_size=50, hidden_size=32, layers=2, heads=2, intermediate_size=64, end_probability=0.1)
@@ -255,7 +255,7 @@ def test_bounds_of_a_gpu_by_hand(compare, make_model):
 
 
 def test_a_quick_run_writes_table_figure_and_machine(compare, table, tmp_path, capsys):
-    from fgalign.io import read_json
+    from fgalign.io import read_json, write_json
 
     assert compare.main(["--quick", "--rounds", "2", "--out", str(tmp_path)]) == 0
     rows = table.read_rows(tmp_path / "table.csv")
@@ -267,8 +267,11 @@ def test_a_quick_run_writes_table_figure_and_machine(compare, table, tmp_path, c
         ("FIGA training, compiled", "tokens"),
         ("FIGA training, compiled", "peak memory"),
         ("FIGA masks, 2 pairs × 12", "time"),
+        ("FIGA masks, 2 pairs × 12", "peak memory"),
         ("FIGA loss, 2 pairs × 12 × 40", "time"),
+        ("FIGA loss, 2 pairs × 12 × 40", "peak memory"),
         ("Labelling, 8 tokens", "pairs"),
+        ("Labelling, 8 tokens", "peak memory"),
     ]
     for row in rows:
         assert row.rounds == 2 and 0 < row.ratio_low <= row.ratio <= row.ratio_high
@@ -278,7 +281,95 @@ def test_a_quick_run_writes_table_figure_and_machine(compare, table, tmp_path, c
     assert [line.split(",")[:3] for line in points[:2]] == [["response length", "2", s] for s in ("separate", "head")]
     assert len(points) == 12 and all((tmp_path / f"growth.{kind}").stat().st_size > 5000 for kind in ("png", "pdf"))
     machine = read_json(tmp_path / "hardware.json")
-    assert machine["threads"] == 1 and machine["versions"]["fgalign"]["torch"] == torch.__version__
+    assert machine["threads"] == 1 and machine["versions"]["fgalign"]["torch"] == version("torch")
+    # One comparison again, into the same table: the other rows, growth and what is said of the machine stay.
+    names = ("growth.csv", "hardware.json")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    table.write_rows(tmp_path / "table.csv", [replace(row, note="old") for row in rows])
+    again = ["--quick", "--rounds", "1", "--out", str(tmp_path), "--only", "figa_kernels"]
+    assert compare.main(again) == 0
+    mixed = table.read_rows(tmp_path / "table.csv")
+    assert [(row.comparison, row.quantity) for row in mixed] == [(row.comparison, row.quantity) for row in rows]
+    assert [row.note == "old" for row in mixed] == [True] * 6 + [False] * 4 + [True] * 2
+    assert {row.rounds for row in mixed[6:10]} == {1}
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+    # Rows of two machines make no table.
+    write_json(tmp_path / "hardware.json", {**machine, "processor": "another"})
+    with pytest.raises(SystemExit, match="processor: expected another, as for its other rows, found "):
+        compare.main(again)
+    assert table.read_rows(tmp_path / "table.csv") == mixed
+
+
+def test_rows_of_a_comparison_take_the_place_of_its_old_ones(table):
+    def rows(text):
+        """``a1 a2``: two rows of comparison a."""
+        return [table.row(name[0], "", name[1:], "", [1.0], [1.0]) for name in text.split()]
+
+    def merged(old, new):
+        return " ".join(f"{row.comparison}{row.quantity}" for row in table.merge(rows(old), rows(new)))
+
+    assert merged("a1 a2 b1 c1", "b2 b3") == "a1 a2 b2 b3 c1"
+    assert merged("a1 b1 a2 c1", "a3") == "a3 b1 c1"
+    assert merged("a1 b1", "c1 a2 a3") == "a2 a3 b1 c1"
+    assert merged("", "a1") == "a1" and merged("a1", "") == "a1"
+
+
+def test_rows_of_sides_by_hand(compare, monkeypatch, tmp_path):
+    from speed import comparisons
+    from speed.pairs import PairWorkload
+
+    mib = 2**20
+
+    class Canned(comparisons.Session):
+        def run(self, folder, sides, warmup=None):
+            found = {"True": (0.5, 100), "False": (0.25, 400), comparisons.TRL_PPO: (8.0, 800), "head": (2.0, 600)}
+            units = {}
+            for name, (_, own) in sides.items():
+                seconds, memory = found.get(name, (4.0, 200))
+                units[name] = [{"seconds": seconds, "peak_memory": memory * mib, "times": own.get("times", 0)}] * 2
+            return units
+
+    monkeypatch.setattr(comparisons, "write_workload", lambda folder, workload: None)
+    size = PairWorkload(pairs=6, batch=2, prompt_length=3, shortest=8, longest=8, vocab_size=40)
+    session = Canned(tmp_path, trl_python=tmp_path, long_pairs=size, label_pairs=size)
+    rows = [*comparisons.figa_kernels(session), *comparisons.labelling(session), *comparisons.ppo_ending(session)]
+    found = [(row.comparison, row.quantity, row.unit, row.ours, row.other, row.ratio) for row in rows]
+    ending = "PPO, responses that end,"
+    assert found == [
+        # 20 batches in 500 and in 250 ms.
+        ("FIGA masks, 2 pairs × 12", "time", "ms", 25.0, 12.5, 2.0),
+        ("FIGA masks, 2 pairs × 12", "peak memory", "MiB", 100.0, 400.0, 0.25),
+        ("FIGA loss, 2 pairs × 12 × 40", "time", "ms", 500.0, 250.0, 2.0),
+        ("FIGA loss, 2 pairs × 12 × 40", "peak memory", "MiB", 100.0, 400.0, 0.25),
+        ("Labelling, 8 tokens", "pairs", "1/s", 12.0, 24.0, 0.5),
+        ("Labelling, 8 tokens", "peak memory", "MiB", 100.0, 400.0, 0.25),
+        (f"{ending} separate value model", "time", "s/update", 4.0, 8.0, 0.5),
+        (f"{ending} separate value model", "peak memory", "MiB", 200.0, 800.0, 0.25),
+        (f"{ending} separate value model, compiled", "time", "s/update", 4.0, 8.0, 0.5),
+        (f"{ending} separate value model, compiled", "peak memory", "MiB", 200.0, 800.0, 0.25),
+        (f"{ending} shared trunk", "time", "s/update", 2.0, 8.0, 0.25),
+        (f"{ending} shared trunk", "peak memory", "MiB", 600.0, 800.0, 0.75),
+        (f"{ending} shared trunk, compiled", "time", "s/update", 4.0, 8.0, 0.5),
+        (f"{ending} shared trunk, compiled", "peak memory", "MiB", 200.0, 800.0, 0.25),
+    ]
+
+
+def test_memory_of_the_loss_is_that_of_its_logits(compare, tmp_path):
+    from speed.comparisons import Session, kernel
+    from speed.pairs import PairWorkload
+
+    # 8 rows of at least 100 tokens, 20,000 logits each, in float32: 61 MiB. Cross-entropy has them and their gradient.
+    workload = PairWorkload(pairs=4, batch=4, prompt_length=20, shortest=80, longest=80, vocab_size=20_000)
+    figa, plain = (answers[0] for answers in kernel(Session(tmp_path, rounds=1), "loss", workload, 2))
+    assert figa["times"] == plain["times"] == 2
+    assert plain["peak_memory"] - figa["peak_memory"] > 61 * 2**20
+
+
+def test_a_quick_run_is_kept_from_the_committed_results(compare, capsys):
+    with pytest.raises(SystemExit):
+        compare.arguments(["--quick", "--out", str(ROOT / "results" / "benchmarks")])
+    assert "--quick: its numbers mean nothing" in capsys.readouterr().err
+    assert compare.arguments(["--only", "figa", "--out", str(ROOT / "results" / "benchmarks")]).only == ["figa"]
 
 
 @pytest.mark.parametrize("given", [["--rounds", "0"], ["--threads", "0"], ["--quick", "--only", "speed"]])

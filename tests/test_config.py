@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from fgalign.config import (
 )
 
 SOURCE = Path(fgalign.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Inner(Section):
@@ -303,3 +306,164 @@ def test_every_field_of_an_optimiser_reaches_the_trainer():
     for name, value in OTHER_LORA.items():
         assert adapter(**{name: value}) != adapter(), name
     assert peft_config(OptimConfig(learning_rate=0.1), "CAUSAL_LM") is None
+
+
+# --- the papers' profile: every hyperparameter and where its value is from --------------------------------------------
+
+PAPER = ROOT / "reproduce" / "profiles" / "paper" / "params.yaml"
+NO_HYPERPARAMETERS = {
+    "profile", "root", "params_file", "judge_tables", "report", "plan", "token_models", "needed_token_models",
+    "studies", "sweeps", "search", "world", "papers", "runtime.device", "runtime.threads",
+    "other_judges.reward_model.title", "other_judges.reward_model.trained_on",
+}  # fmt: skip
+FROM_THE_PAPERS = {
+    "S": """annotator.task methods.figa.kind methods.figa.response methods.ppo_token.needs""",
+    "C": """
+        runtime.dtype annotator.model labels.unit methods.figa.signal methods.figa.unit methods.figa.alpha
+        methods.figa.beta methods.figa.gamma methods.figa.threshold methods.figa.threshold_reading
+        methods.figa.max_length methods.figa.optim.learning_rate methods.figa.optim.epochs methods.figa.optim.batch_size
+        methods.figa.optim.schedule methods.figa.optim.weight_decay""",
+    "R": """
+        source.name source.n_demonstrations source.n_test_prompts source.n_train_preferences annotator.name
+        base_model.kind base_model.name methods.figa.needs methods.figa.filter.unit methods.figa.filter.eta1
+        methods.figa.filter.eta2 methods.figa.filter.eta3 methods.ppo_preference.kind methods.ppo_preference.needs
+        methods.ppo_preference.summed methods.ppo_preference.trainer.advantage methods.ppo_edit.needs
+        evaluation.prompts benchmarks.tasks""",
+}
+"""What stands in the papers or in the released code; everything else is our choice, [O]."""
+AT_THE_DEFAULT = {
+    "optim": "max_steps max_tokens weight_decay adam_beta2 max_grad_norm sampling lora compile",
+    "figa": """signal unit scorer response pairs alpha beta gamma threshold threshold_reading max_length
+        score_batch_size""",
+    "ppo": "discrete summed lora",
+    "trainer": """vllm_memory reuse_sampling value_learning_rate warmup_updates schedule weight_decay max_grad_norm
+        fused temperature advantage group_size gamma whiten_advantages clip_range clip_range_value value_coef compile
+        kl_controller kl_target kl_horizon kl_estimator reward_scale calibration_prompts whiten_rewards
+        missing_eos_penalty""",
+    "evaluation": "prompts pairs examples seed",
+    "judge_options": "prompt temperature seed max_failed",
+    "annotator": "prompt responses temperature max_tokens seed max_failed",
+    "judge": "start",
+    "rm_token": "loss",
+    "source": "preferences seed n_demonstrations n_train_prompts n_validation_prompts n_test_prompts "
+    "n_train_preferences n_validation_preferences n_test_preferences",
+}
+"""Keys of the papers' profile that say what the package would do without them."""
+
+
+def scalars(node, path=""):
+    """Dotted name and line of each value of a YAML tree as it is written: nothing twice, aliases and merges nowhere."""
+    import yaml
+
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{path}.{key.value}".lstrip(".")
+        if key.value != "<<" and value.start_mark.line >= key.start_mark.line:
+            if isinstance(value, yaml.MappingNode) and value.value:
+                yield from scalars(value, name)
+            else:
+                yield name, key.start_mark.line
+
+
+def test_every_value_of_the_papers_profile_says_where_it_is_from():
+    import yaml
+
+    text = PAPER.read_text(encoding="utf-8")
+    lines, found = text.splitlines(), {}
+    for name, line in scalars(yaml.compose(text)):
+        if not {name, name.split(".")[0]} & NO_HYPERPARAMETERS:
+            mark = re.search(r"  # \[([SCRO])\]", lines[line])
+            assert mark, f"line {line + 1}: {name}: expected a mark such as [O]"
+            found[name] = mark[1]
+    stated = {name: mark for mark, names in FROM_THE_PAPERS.items() for name in names.split()}
+    assert {name: mark for name, mark in found.items() if mark != "O"} == stated
+    # Spot checks that nothing is skipped: one of each depth, and one written in braces.
+    assert {"seeds", "sft.max_length", "evaluation.judge_options.model", "methods.figa.optim.epochs"} <= set(found)
+    assert found["methods.ppo_preference.curve.every"] == "O"
+
+
+def paper_sections(params):
+    """The sections with hyperparameters, parsed: name to configuration."""
+    from fgalign.annotate.llm import LLMAnnotatorConfig
+    from fgalign.evaluation.config import EvaluationConfig
+    from fgalign.evaluation.llm_judge import LLMJudgeConfig
+    from fgalign.ppo_trainer import FineGrainedPPOConfig
+    from fgalign.sft import SFTSection
+    from fgalign.sources.alpaca_farm import AlpacaFarmConfig
+    from fgalign.stages.judge_model import judge_model_config
+    from fgalign.stages.train import method_config, reward_config
+
+    profile = Profile("paper", ROOT, params, PAPER)
+    found = {"sft": profile.section("sft", SFTSection), "evaluation": profile.section("evaluation", EvaluationConfig)}
+    found |= {name: reward_config(profile, name) for name in ("rm_preference", "rm_edit", "rm_token")}
+    found |= {name: method_config(profile, name)[1] for name in params["methods"]}
+    found["judge"] = judge_model_config(profile, "preferences")
+    for name, kind in {"source": AlpacaFarmConfig, "annotator": LLMAnnotatorConfig}.items():
+        found[name] = kind(**{key: value for key, value in params[name].items() if key != "name"})
+    found["judge_options"] = LLMJudgeConfig(**params["evaluation"]["judge_options"])
+    trainers = {
+        f"{name}.trainer": FineGrainedPPOConfig(output_dir="", **config.trainer)
+        for name, config in found.items()
+        if "ppo" in name
+    }
+    return found | trainers
+
+
+def test_the_papers_profile_leaves_no_hyperparameter_to_a_default():
+    from dataclasses import fields
+
+    from fgalign.methods.ppo import SET_BY_RUN
+    from fgalign.ppo_trainer import FineGrainedPPOConfig
+
+    trainer = {field.name for field in fields(FineGrainedPPOConfig)} - set(SET_BY_RUN)
+    files = {"repo", "revision", "local", "sha256", "rows"}
+    server = {"base_url", "key_variable", "max_tokens_name", "parallel", "requests_per_minute", "tokens_per_minute"}
+    server |= {"retries", "timeout", "cache", "price_input", "price_output"}
+    elsewhere = {"source": files, "annotator": server, "judge_options": server}
+    for name, config in paper_sections(load_profile("paper", ROOT).params).items():
+        if name.endswith(".trainer"):
+            continue
+        assert set(type(config).model_fields) - config.model_fields_set == elsewhere.get(name, set()), name
+        for key in ("optim", "filter", "curve"):
+            inner = getattr(config, key, None)
+            assert inner is None or set(type(inner).model_fields) == inner.model_fields_set, f"{name}.{key}"
+        if "ppo" in name:
+            assert set(config.trainer) == trainer, name
+
+
+def test_what_the_papers_profile_writes_out_changes_nothing():
+    params = load_profile("paper", ROOT).params
+    fewer = copy.deepcopy(params)
+    methods, judge = fewer["methods"], fewer["judge_models"]["preferences"]
+    ppo = [methods[name] for name in ("ppo_preference", "ppo_edit", "ppo_token")]
+    rewards = [fewer[name] for name in ("rm_preference", "rm_edit", "rm_token")]
+    places = {
+        "optim": [section["optim"] for section in (fewer["sft"], *rewards, methods["figa"], judge)],
+        "figa": [methods["figa"]],
+        "ppo": ppo,
+        "trainer": [section["trainer"] for section in ppo],
+        "evaluation": [fewer["evaluation"]],
+        "judge_options": [fewer["evaluation"]["judge_options"]],
+        "annotator": [fewer["annotator"]],
+        "judge": [judge],
+        "rm_token": [fewer["rm_token"]],
+        "source": [fewer["source"]],
+    }
+    assert set(places) == set(AT_THE_DEFAULT)
+    for kind, sections in places.items():
+        # Sections that share an anchor are one object.
+        for section in {id(section): section for section in sections}.values():
+            for key in AT_THE_DEFAULT[kind].split():
+                del section[key]
+
+    def parsed(params):
+        # These mappings hold what is written; what it means stands beside them, parsed.
+        return {
+            name: config.model_copy(update={key: None for key in ("trainer", "judge_options") if hasattr(config, key)})
+            if isinstance(config, Section)
+            else config
+            for name, config in paper_sections(params).items()
+        }
+
+    assert parsed(fewer) == parsed(params)

@@ -1,6 +1,7 @@
-"""Two processes give what one gives: losses of FIGA and PPO under FSDP, and a stage's files under data parallelism.
+"""Two processes give what one gives: losses of FIGA and PPO under FSDP and ZeRO-3, and a stage's files under data
+parallelism and ZeRO-3.
 
-Both are started by `accelerate launch` with the configurations in reproduce/accelerate, over gloo on the CPU.
+All are started by `accelerate launch` with the configurations in reproduce/accelerate, over gloo on the CPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fgalign.config import Profile
-from fgalign.core.modeling import is_sharded
+from fgalign.core.modeling import is_sharded, reduce_in_float32
 from fgalign.core.rollout import Rollout, concatenate
 from fgalign.distributed import by_rows, check_supported, in_batches
 from fgalign.errors import ConfigError, InputError
@@ -39,6 +41,7 @@ def run(*command: str, cwd: Path = ROOT, fails: bool = False) -> str:
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "FGALIGN_PROFILE")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "FGALIGN_TRACKING": "off"}
+    environment["DS_ACCELERATOR"] = "cpu"  # read by DeepSpeed alone
     result = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert (result.returncode != 0) == fails, result.stdout[-2000:] + result.stderr[-6000:]
     return result.stdout + result.stderr
@@ -50,19 +53,31 @@ def launch(config: str, *command: str, cwd: Path = ROOT, fails: bool = False) ->
     return run("-m", "accelerate.commands.launch", *options, "--main_process_port", "0", *command, cwd=cwd, fails=fails)
 
 
+ZERO3 = pytest.param(
+    "zero3.yaml",
+    marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs `pip install deepspeed`"),
+)
+
+
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    one = tmp_path_factory.mktemp("one")
     run(WORKER, str(one))
-    launch("fsdp.yaml", WORKER, str(two))
-    return one, two
+    return one
+
+
+@pytest.fixture(scope="module", params=["fsdp.yaml", ZERO3])
+def folders(request: Any, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    two = tmp_path_factory.mktemp("two")
+    launch(request.param, WORKER, str(two))
+    return one_process, two
 
 
 @pytest.mark.parametrize("name", ["figa", "ppo", "ppo, value model", "ppo, groups"])
-def test_two_processes_with_fsdp_log_what_one_does(folders: tuple[Path, Path], name: str) -> None:
+def test_two_processes_with_shared_weights_log_what_one_does(folders: tuple[Path, Path], name: str) -> None:
     one, two = (json.loads((folder / "found.json").read_text())[name] for folder in folders)
     assert len(one) == len(two) == (6 if name == "figa" else 4)
     for expected, found in zip(one, two, strict=True):
@@ -107,9 +122,10 @@ def test_accelerate_reads_every_configuration_and_its_command_names_it(path: Pat
     assert f"--config_file reproduce/accelerate/{path.name} " in path.read_text(encoding="utf-8")
 
 
-def test_deepspeed_leaves_the_accumulation_to_each_stage() -> None:
-    """transformers refuses a number of passes here that is not the stage's own."""
-    assert "gradient_accumulation_steps" not in yaml.safe_load((CONFIGS / "zero3.yaml").read_text())["deepspeed_config"]
+def test_deepspeed_leaves_accumulation_and_clipping_to_each_stage() -> None:
+    """transformers refuses values here that are not the stage's own, and PPO's trainer would not use them."""
+    config = yaml.safe_load((CONFIGS / "zero3.yaml").read_text())["deepspeed_config"]
+    assert not {"gradient_accumulation_steps", "gradient_clipping"} & set(config)
 
 
 def test_several_nodes_differ_from_one_in_the_nodes_alone() -> None:
@@ -177,25 +193,36 @@ METHODS = ("figa", "ppo_token")
 
 
 @pytest.fixture(scope="module")
-def aligned(repository: Path) -> tuple[dict[str, Any], dict[str, Any], str, list[str]]:
-    """What one process writes for each method, what two write, what two print, and what they say of their times."""
+def expected(repository: Path) -> dict[str, Any]:
+    """What one process writes for each method."""
     from fgalign.config import load_profile
     from fgalign.stages.train import run_align
 
-    models = repository / "data" / "smoke" / "models"
-    file = repository / "reproduce" / "profiles" / "smoke" / "params.yaml"
     profile = load_profile("smoke", repository)
     one = {}
     for method in METHODS:
         run_align(profile, method)
         one[method] = outputs(repository, method)
-        shutil.rmtree(models / method)
+        shutil.rmtree(repository / "data" / "smoke" / "models" / method)
     # FIGA's pairs a step: 8 x 2 in one process, 4 x 2 in each of two.
     profile.params["methods"]["figa"]["optim"]["batch_size"] = 4
+    file = repository / "reproduce" / "profiles" / "smoke" / "params.yaml"
     file.write_text(yaml.safe_dump(profile.params))
-    said = launch("cpu_gloo.yaml", WORKER, str(repository), *METHODS)
+    return one
+
+
+@pytest.fixture(scope="module", params=["cpu_gloo.yaml", ZERO3])
+def aligned(
+    request: Any, repository: Path, expected: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], str, list[str]]:
+    """What one process writes for each method, what two write, what two print, and what they say of their times."""
+    timings = repository / "timings" / "smoke.jsonl"
+    timings.unlink(missing_ok=True)
+    said = launch(request.param, WORKER, str(repository), *(f"align {method}" for method in METHODS))
     two = {method: outputs(repository, method) for method in METHODS}
-    return one, two, said, (repository / "timings" / "smoke.jsonl").read_text().splitlines()
+    for method in METHODS:
+        shutil.rmtree(repository / "data" / "smoke" / "models" / method)
+    return expected, two, said, timings.read_text().splitlines()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -303,6 +330,16 @@ def test_what_is_sharded_takes_no_adapter(found: Any, sharded: bool) -> None:
 def test_fsdp_of_version_1_is_refused() -> None:
     with pytest.raises(ConfigError, match="accelerate: expected fsdp_version 2, found 1"):
         check_supported(accelerator("FSDP", version=1), adapter=False)
+
+
+def test_in_bf16_deepspeed_adds_gradients_up_in_float32() -> None:
+    config: dict[str, Any] = {"bf16": {"enabled": True}}
+    found = accelerator("DEEPSPEED", version=0, zero_stage=3, deepspeed_config=config)
+    for precision in ("no", "bf16"):
+        assert "communication_data_type" not in config
+        found.mixed_precision = precision
+        reduce_in_float32(found)
+    assert config["communication_data_type"] == config["data_types"]["grad_accum_dtype"] == "fp32"
 
 
 def test_expert_iteration_refuses_to_be_launched(monkeypatch) -> None:

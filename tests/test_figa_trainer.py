@@ -15,6 +15,7 @@ from fgalign.errors import ConfigError, TrainingError
 from fgalign.labels import LabelConfig, label_edits
 from fgalign.losses.figa import figa_loss
 from fgalign.methods.figa import FIGACollator, FIGAConfig, FIGATrainer, FilterConfig, keep_pairs
+from fgalign.rewards.training import TokenRewardCollator
 
 EDITS = [
     ("where is the cat?", "the cat sat on the log", "the cat sat on the mat"),
@@ -107,11 +108,45 @@ def test_pair_longer_than_allowed(make_trainer, pairs):
         ({"initial_labels": None}, "pair '0': initial_labels: expected one .*, found none$"),
         ({"revised_scales": [1.0]}, "pair '0': revised_scales: expected one .*, found 1$"),
         ({"initial_scales": [1.0]}, "pair '0': revised_scales: expected one .*, found none$"),
+        ({"prompt_ids": []}, "pair '0': prompt_ids: expected token ids, found none; `labels.label_edits` makes"),
+        ({"initial_ids": None}, "pair '0': initial_ids: expected token ids, found none"),
     ],
 )
 def test_a_pair_needs_a_label_a_token(make_trainer, pairs, changes, message):
     with pytest.raises(TrainingError, match=message):
         make_trainer().data_collator([{**pairs[0], **changes}])
+
+
+@pytest.mark.parametrize(
+    ("side", "label", "message"),
+    [
+        ("initial", 1, r"pair '0': initial_labels: expected -1 or 0, found 1$"),  # the sign of a mask
+        ("initial", 0.5, r"initial_labels: expected -1 or 0, found 0\.5$"),
+        ("revised", -1, r"pair '0': revised_labels: expected 0 or 1, found -1$"),
+    ],
+)
+def test_a_label_of_the_other_side_is_refused(make_trainer, pairs, side, label, message):
+    labels = [label, *pairs[0][f"{side}_labels"][1:]]
+    for collator in (make_trainer().data_collator, TokenRewardCollator(0)):
+        with pytest.raises(TrainingError, match=message):
+            collator([{**pairs[0], f"{side}_labels": labels}])
+    scales = {f"{name}_scales": [1.0] * len(pairs[0][f"{name}_ids"]) for name in ("revised", "initial")}
+    with pytest.raises(TrainingError, match="initial_scales: expected finite numbers, found NaN"):
+        make_trainer().data_collator(
+            [{**pairs[0], **scales, "initial_scales": [math.nan] * len(scales["initial_scales"])}]
+        )
+
+
+def test_responses_that_never_end_are_refused(make_model, pairs, tmp_path):
+    endless = [
+        {**pair, "revised_ids": pair["revised_ids"][:-1], "revised_labels": pair["revised_labels"][:-1]}
+        for pair in pairs
+    ]
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
+    with pytest.raises(
+        ConfigError, match=f"expected responses that end with the end-of-sequence token 1, found none of {len(pairs)}"
+    ):
+        FIGATrainer(make_model(), FIGAConfig(output_dir=str(tmp_path), report_to="none"), endless, tokenizer)
 
 
 def test_a_model_that_would_round_its_steps_away_is_refused(make_trainer, make_model):

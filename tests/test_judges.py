@@ -52,7 +52,7 @@ def test_the_simulators_judge_hands_prompt_and_response_to_the_simulator(monkeyp
 
 def test_judges_have_titles_for_captions():
     assert get_judge("simulator_gold").title == "gold score of the simulator"
-    assert get_judge("rouge_l").title == "ROUGE-L F1 with the gold long answer (rouge-score)"
+    assert get_judge("rouge_l").title == "ROUGE-L F1 with the gold long answer"
     assert get_judge("rouge_l").name == "rouge_l"
 
 

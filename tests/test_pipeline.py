@@ -507,6 +507,33 @@ def test_other_edits_bring_other_labels_and_another_reward_model(known_world) ->
     assert [row["id"] for row in rows] == [row["id"] for row in judged] and rows != judged
 
 
+def test_texts_are_scored_by_the_judge(known_world) -> None:
+    from fgalign.core.schema import Edit, Preference, read_records
+    from fgalign.sources.simulator.gold import gold_score
+    from fgalign.stages.judge import run_text_quality
+
+    run_text_quality(known_world)
+    rows = rows_of(known_world.results / "metrics" / "text_quality.csv")
+    found = {(row["split"], row["text"], row["id"]): row for row in rows}
+    assert len(found) == len(rows)
+    assert {row["text"] for row in rows if row["split"] == "test"} >= {
+        "reference",
+        "chosen",
+        "rejected",
+        "revised",
+        "initial",
+    }
+    pair = read_records(known_world.data / "raw" / "train" / "preferences.jsonl", Preference)[0]
+    chosen, rejected = (found["train", side, pair.id] for side in ("chosen", "rejected"))
+    scores = gold_score(pair.prompt, pair.chosen), gold_score(pair.prompt, pair.rejected)
+    assert (float(chosen["score"]), float(rejected["score"])) == pytest.approx(scores, abs=1e-6)
+    assert (
+        float(chosen["better"]) == (scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1]) and rejected["better"] == ""
+    )
+    edits = read_records(known_world.data / "edits" / "test.jsonl", Edit)
+    assert all(found["test", "revised", edit.id]["better"] != "" for edit in edits)
+
+
 def test_the_search_chooses_the_candidate_that_wins_most(known_world) -> None:
     rows = rows_of(known_world.sweeps / "metrics" / "search.csv")
     assert [(row["method"], row["candidate"]) for row in rows] == [("figa", "0"), ("figa", "1")]

@@ -13,7 +13,7 @@ from torch import tensor
 from fgalign.core.modeling import load_causal_lm
 from fgalign.core.rollout import Rollout, response_logps
 from fgalign.errors import ConfigError, TrainingError
-from fgalign.ppo_trainer import GLOSSARY, Experience, FineGrainedPPOConfig, FineGrainedPPOTrainer
+from fgalign.ppo_trainer import GLOSSARY, Experience, FineGrainedPPOConfig, FineGrainedPPOTrainer, check_prompts
 from fgalign.rewards import reward_function
 
 WANTED = 7
@@ -894,6 +894,35 @@ def test_a_gradient_that_is_not_finite_stops_the_training(make_trainer, monkeypa
     assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a text"] * 12, "expected a list of prompts, each a list of token ids, found list of str"),
+        ([[3, 4], []] * 6, "prompt 1: expected token ids, found none"),
+        ([[3.0, 4.0]] * 12, r"prompt 0: expected token ids, found 3\.0, 4\.0"),
+        ([[3], [0, 0, 4]] * 6, r"prompt 1: expected no padding \(token 0\), found 0, 0, 4; give prompts as they are"),
+        ([[3, 4, 0]] * 12, "prompt 0: expected no padding"),
+    ],
+)
+def test_prompts_that_are_no_token_ids_are_refused(prompts, message):
+    with pytest.raises(ConfigError, match=f"train_dataset: {message}"):
+        check_prompts(prompts, 0)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "kl_coef", "clip_range", "lam", "gamma", "value_coef"])
+def test_numbers_that_cannot_work_are_refused(make_trainer, name):
+    for value in (-0.1, math.nan, math.inf):
+        with pytest.raises(ConfigError, match=f"{name}: expected a number of at least 0, found"):
+            make_trainer(**{name: value})
+
+
+def test_a_model_with_a_state_is_refused(make_trainer, make_model):
+    model = make_model()
+    model._is_stateful = True
+    with pytest.raises(ConfigError, match="model: expected a model with a key-value cache, found LlamaForCausalLM"):
+        make_trainer(model=model)
+
+
 def test_values_are_not_rounded_to_bf16(make_trainer):
     model = make_trainer().model
     torch.nn.init.normal_(model.value_head.weight)
@@ -901,6 +930,16 @@ def test_values_are_not_rounded_to_bf16(make_trainer):
     with torch.autocast("cpu", torch.bfloat16):
         values = model(ids, torch.ones_like(ids), 4)[1]
     assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
+
+
+def test_a_value_model_and_a_reward_model_keep_float32_outputs(make_trainer, make_model):
+    critic, scorer = make_model(3, kind="token", num_labels=1), make_model(4, kind="sequence", num_labels=1)
+    trainer = make_trainer(reward_function(scorer, "sequence"), critic=critic, value_model="separate")
+    ids = torch.randint(5, critic.config.vocab_size, (2, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = (trainer.model.separate_values(ids, torch.ones_like(ids), 4), scorer(input_ids=ids).logits)
+    for values in outputs:
+        assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
 
 
 def test_a_later_trainer_of_another_precision_changes_no_earlier_one(make_trainer):

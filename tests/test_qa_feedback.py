@@ -32,9 +32,11 @@ from fgalign.sources.qa_feedback import (
     preferences,
     read_qa_file,
     split_questions,
+    training_questions,
 )
 
 SAMPLE = Path(__file__).parent / "data" / "qa_feedback" / "sample_feedback.json"
+TRAIN = SAMPLE.parent / "train_feedback.json"
 REAL_FOLDER = os.environ.get(FOLDER_VARIABLE)
 
 
@@ -391,6 +393,153 @@ def test_a_wrong_checksum_is_refused(tmp_path, folder):
     with pytest.raises(InputError, match=f"checksum mismatch: expected sha256 {'0' * 64}, found {sha256(SAMPLE)}"):
         build(sample_config(folder=folder, files=[file]), tmp_path)
     assert not (tmp_path / DOWNLOADS).exists()
+
+
+# --- the training part ------------------------------------------------------------------------------------------------
+
+# Of the five questions of the training part, number 0 is one of the development part ("Who wrote Hamlet?") and number 2
+# has a passage of one of its articles (Mount Everest). Numbers 1 and 3 share an article (Lima) with each other.
+DEVELOPMENT = {f"sample-000{number}" for number in range(7)}
+
+
+def both_parts(**changes) -> QAFeedbackConfig:
+    values = {
+        "train_part": {"sha256": sha256(TRAIN)},
+        "questions": {"train": None, "validation": 4, "test": 3},
+        **changes,
+    }
+    return sample_config(**values)
+
+
+def ids(data, split: str) -> list[str]:
+    return [prompt.id for prompt in data.splits[split].prompts]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_training_part_alone_trains_and_the_development_part_alone_evaluates(tmp_path, capsys, seed):
+    data = build(both_parts(seed=seed), tmp_path)
+    assert list(data.splits) == list(data.truth) == ["train", "validation", "test"]
+    assert ids(data, "train") == ["train-0001", "train-0003", "train-0004"]
+    assert len(ids(data, "validation")) == 4 and len(ids(data, "test")) == 3
+    assert {*ids(data, "validation"), *ids(data, "test")} == DEVELOPMENT
+    assert capsys.readouterr().out == (
+        "train_feedback.json: 5 rows read; left out: 1 with a question of source.files, "
+        "1 with an article of source.files\n"
+    )
+
+
+def test_the_training_split_holds_what_the_training_part_says(tmp_path):
+    train = build(both_parts(), tmp_path).splits["train"]
+    assert [(edit.id, edit.initial, edit.revised) for edit in train.corrections] == [
+        ("train-0001", "It is Cusco.", "It is Lima."),
+        ("train-0004", "It has five. It is nice.", "It has four."),
+    ]
+    assert [(reference.id, reference.completion) for reference in train.references] == [
+        ("train-0001", "The capital of Peru is Lima."),
+        ("train-0004", "A violin has four strings."),
+    ]
+    # 1 and 4: codes 2 0 0 1 1 0. 3: 1 1 1 1 0 2.
+    kept = {"0001": ("12", "23", "24"), "0003": ("12", "13", "14", "23", "34"), "0004": ("12", "23", "24")}
+    assert [pair.id for pair in train.preferences] == [f"train-{id_}/{c}" for id_, codes in kept.items() for c in codes]
+    assert [demo.completion for demo in train.demonstrations] == [
+        "It is Lima.",
+        "Ten million people live there.",
+        "Four.",
+    ]
+
+
+def test_questions_of_no_split_are_left_out_of_training_too(tmp_path, capsys):
+    small = both_parts(questions={"train": None, "validation": 1, "test": 1})
+    for seed in range(5):
+        assert ids(build(small.model_copy(update={"seed": seed}), tmp_path), "train") == [
+            "train-0001",
+            "train-0003",
+            "train-0004",
+        ]
+    assert capsys.readouterr().out.count("1 with a question of source.files") == 5
+
+
+def test_fewer_training_questions_are_drawn_with_the_seed_and_keep_their_order(questions):
+    part = read_qa_file(TRAIN, "train")
+    drawn = set()
+    for seed in range(20):
+        chosen, dropped = training_questions(part, questions, 2, seed)
+        assert dropped["beyond source.questions.train"] == 1 and dropped.total() == 3
+        assert training_questions(part, questions, 2, seed) == (chosen, dropped)
+        drawn.add(tuple(question.id for question in chosen))
+    assert drawn == {("train-0001", "train-0003"), ("train-0001", "train-0004"), ("train-0003", "train-0004")}
+
+
+def test_more_training_questions_than_are_left_are_refused(tmp_path, questions):
+    too_many = both_parts(questions={"train": 4, "validation": 4, "test": 3})
+    with pytest.raises(
+        ConfigError, match=r"^source\.questions\.train: expected at most 3 questions, .* found 4; lower"
+    ):
+        build(too_many, tmp_path)
+    with pytest.raises(ConfigError, match=r"expected at most 0 questions, .* found 1"):
+        training_questions(questions, questions, None, 0)
+    too_many = both_parts(questions={"train": 1, "validation": 4, "test": 4})
+    with pytest.raises(ConfigError, match=r"at most the 7 questions of the data, found 8 \(validation 4, test 4\)"):
+        build(too_many, tmp_path)
+
+
+def test_without_a_training_part_null_takes_what_is_left(tmp_path, questions):
+    data = build(sample_config(questions={"train": None, "validation": 2, "test": 2}), tmp_path)
+    assert data == build(sample_config(), tmp_path)  # 3, 2 and 2 of 7
+    config = sample_config(questions={"train": None, "validation": 4, "test": 3})
+    with pytest.raises(
+        ConfigError, match=r"at most the 7 questions of the data, found 8 \(train 1, validation 4, test 3"
+    ):
+        split_questions(questions, config.questions, 0)
+
+
+@pytest.mark.parametrize("folder", ["named", None])
+def test_an_unknown_checksum_is_printed_to_be_pinned(tmp_path, capsys, folder):
+    """In a folder that is named, and fetched."""
+    (tmp_path / "named").mkdir()
+    for path in (SAMPLE, TRAIN):
+        (tmp_path / "named" / path.name).write_bytes(path.read_bytes())
+    options = {"folder": folder, "train_part": {"url": (tmp_path / "named" / TRAIN.name).as_uri()}}
+    data = build(both_parts(**options), tmp_path)
+    assert data == build(both_parts(), tmp_path)
+    where = tmp_path / (folder or DOWNLOADS) / TRAIN.name
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"{where}: not checked, no sha256 was given; to pin this file: source.train_part.sha256: {sha256(TRAIN)}"
+    )
+    assert where.read_bytes() == TRAIN.read_bytes()
+    options["train_part"]["sha256"] = "0" * 64
+    with pytest.raises(
+        InputError, match=rf"train_feedback\.json: checksum mismatch: expected sha256 {'0' * 64}, found"
+    ):
+        build(both_parts(**options), tmp_path)
+
+
+def test_a_fetched_training_part_that_is_no_json_is_not_saved(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<html>", encoding="utf-8")
+    options = {"folder": None, "train_part": {"url": page.as_uri()}}
+    with pytest.raises(InputError, match=r"page\.html: expected JSON, found another content \(.*\); nothing saved"):
+        build(both_parts(**options), tmp_path)
+    assert not (tmp_path / DOWNLOADS / TRAIN.name).exists()
+
+
+def test_a_named_folder_without_the_training_part_is_an_error(tmp_path):
+    (tmp_path / SAMPLE.name).write_bytes(SAMPLE.read_bytes())
+    with pytest.raises(
+        InputError, match=r"train_feedback\.json: no such file, although source\.folder .*; put https://"
+    ):
+        build(both_parts(folder=str(tmp_path)), tmp_path)
+
+
+def test_the_published_training_part_stands_beside_the_development_part():
+    """Same folder of the same commit, no checksum; off unless asked for."""
+    config = QAFeedbackConfig(train_part={})
+    assert QAFeedbackConfig().train_part is None and config.train_part.sha256 is None
+    assert config.train_part.url == config.files[0].url.replace("dev_", "train_")
+    assert config.train_part.url.endswith("/tasks/qa_feedback/data/train_feedback.json")
+    files = [{"name": "train.json", "sha256": "0" * 64, "url": "u"}]
+    with pytest.raises(ConfigError, match=r"source\.train_part: .*ids start with train, train: two files would share"):
+        parse_section({"files": files, "train_part": {}}, QAFeedbackConfig, "params.yaml: source")
 
 
 # --- the annotator that replays ---------------------------------------------------------------------------------------

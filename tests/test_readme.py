@@ -142,12 +142,13 @@ def test_snippets_run_as_they_stand(tmp_path, monkeypatch, capsys, tokenizer, ma
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=128)
     save_model(model, tokenizer, tmp_path / "data/mini/models/sft/seed-1")
     monkeypatch.chdir(tmp_path)
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
     namespace: dict = {}
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), namespace)
     assert namespace["pairs"][0].initial_labels.count(-1) > 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()] == ["1", "2"]
+    assert namespace["scorer"].config.num_labels == 3 and namespace["token_reward"].model is namespace["scorer"]
     assert (tmp_path / "out/ppo/model.safetensors").exists()
 
 

@@ -259,7 +259,7 @@ def test_budgets_and_rates_join_figa_main_where_they_exist(profile):
     assert cells_of(profile, "benchmarks")["sft", "benchmark_world_bias__likelihood_diff"].mean == -3.5
     assert metric_style("benchmark_world_knowledge__acc").title == "World knowledge: accuracy (%)"
     tex = (profile.results / "tables" / "figa_main.tex").read_text()
-    assert tex.index("Initial model") < tex.index("Budget and tasks") < tex.rindex("Initial model")
+    assert tex.index("Initial model") < tex.index("Further") < tex.rindex("Initial model")
     (folder / "benchmarks" / "figa.csv").unlink()
     with pytest.raises(InputError, match=r"figa.csv: no such metrics file; run the stage that runs the benchmarks"):
         build_table(profile, "figa_main")
@@ -292,6 +292,44 @@ def test_study_differences_are_to_the_first_variant_of_the_method(profile):
         build_figure(profile, "label_noise")
     with pytest.raises(ConfigError, match=r"studies: no section 'figa_signals'"):
         build_table(profile, "figa_signals")
+
+
+def test_learning_rates_of_several_methods_are_compared_with_the_first_row(profile):
+    entries = {
+        "plain": {"method": "ppo_preference"},
+        "token": {"method": "ppo_token"},
+        "token_2": {"method": "ppo_token"},
+    }
+    profile.params["studies"] = {"ppo_rates": {"variants": entries}}
+    for name, wins in (("plain", [1, 0, 0, 0]), ("token", [1, 1, 0, 0]), ("token_2", [1, 1, 1, 0])):
+        write_wins(profile, name, [wins] * 3, folder="studies/ppo_rates")
+    cells = cells_of(profile, "ppo_rates")
+    # 25, 50 and 75% of 4 prompts, in one block.
+    assert [cells[name, "difference_to_first"].mean for name in ("token", "token_2")] == [25.0, 50.0]
+    assert ("plain", "difference_to_first") not in cells
+    assert "Token-level PPO &" not in (profile.sweeps / "tables" / "ppo_rates.tex").read_text()
+
+
+def test_what_the_texts_are_worth_by_hand(profile):
+    rows = [
+        ["train", "chosen", "a", 0.0, 1.0], ["train", "rejected", "a", -2.0, ""],
+        ["train", "chosen", "b", -1.0, 0.5], ["train", "rejected", "b", -1.0, ""],
+        ["test", "reference", "c", 0.0, ""],
+    ]  # fmt: skip
+    made_up.write_csv(profile.results / "metrics" / "text_quality.csv", "split,text,id,score,better", rows)
+    cells = cells_of(profile, "text_quality")
+    assert [cells["train:chosen", name].mean for name in ("texts", "score", "flawless", "better")] == [
+        2,
+        -0.5,
+        50.0,
+        75.0,
+    ]
+    # Two scores half a point from their mean: standard deviation 0.7071, half width t(0.975, 1) / 2.
+    assert cells["train:chosen", "score"].high == pytest.approx(-0.5 + 12.7062 / 2, abs=1e-3)
+    assert cells["train:rejected", "score"].mean == -1.5 and ("train:rejected", "better") not in cells
+    assert cells["test:reference", "flawless"].mean == 100.0
+    tex = (profile.results / "tables" / "text_quality.tex").read_text()
+    assert tex.index("Train") < tex.index("Chosen") < tex.index("Test") < tex.index("Reference")
 
 
 def test_token_models_table(profile):
@@ -538,7 +576,7 @@ def test_missing_method_prompt_column_and_number_fail(profile):
 
 def test_unknown_names_and_bad_sections(tmp_path):
     profile = made_up.write_profile(tmp_path)
-    with pytest.raises(ConfigError, match=r"unknown table 'x'; expected one of labels, figa_data"):
+    with pytest.raises(ConfigError, match=r"unknown table 'x'; expected one of labels, text_quality"):
         build_table(profile, "x")
     with pytest.raises(ConfigError, match=r"unknown figure 'x'; expected one of learning_curves"):
         build_figure(profile, "x")
@@ -785,7 +823,8 @@ def pipeline(profile):
     metrics, sweeps = "results/mini/metrics/", "results/mini/sweeps/metrics/"
     one = {"cmd": "true", "deps": [src]}
     stages["labels"] = {**one, "outs": [metrics + "label_statistics.json"]}
-    studies = ["figa_signals", "figa_data_ablation", "figa_sweeps", "figa_filter", "label_noise", "overoptimisation"]
+    studies = ["figa_signals", "figa_data_ablation", "figa_sweeps", "figa_filter", "label_noise", "ppo_rates"]
+    studies.append("overoptimisation")
     trained = {"cmd": "true", "deps": [src, model("sft")], "outs": ["data/mini/studies/${item}"]}
     stages["study"] = {"foreach": studies, "do": trained}
     judged = {"cmd": "true", "deps": [src, "data/mini/studies/${item}"], "outs": [metrics + "studies/${item}"]}
@@ -797,6 +836,7 @@ def pipeline(profile):
     stages["search"] = {**one, "outs": ["data/mini/search"]}
     stages["choose_search"] = {**one, "deps": [src, "data/mini/search"], "outs": [sweeps + "search.csv"]}
     stages["credit"] = {**one, "deps": [src, *(model(name) for name in made_up.PPO)], "outs": [metrics + "credit.csv"]}
+    stages["text_quality"] = {**one, "outs": [metrics + "text_quality.csv"]}
     stages["label_quality"] = {**one, "outs": [metrics + "label_quality.json"]}
     stages["reward_models"] = {
         **one,
@@ -936,12 +976,12 @@ def test_settings_by_use(tmp_path):
         f"data/mini/{name}.json" for name in ("evaluation", "settings", "recipe", "search")
     ]
     assert evaluation == {"evaluation": {"judge": "j"}, "seeds": [1], "runtime": {}}
-    assert settings == {"seeds": [1], "methods": methods, "search": {"seed": 1}}
+    assert settings == {"seeds": [1], "evaluation": {"judge": "j"}, "methods": methods, "search": {"seed": 1}}
     assert recipe == params
     # What the search is to choose is not in what it starts from; its grid is.
     assert search["methods"]["a"] == {
         "kind": "x", "optim": {"epochs": 2}, "search": {"optim.learning_rate": [1, 2]},
     }  # fmt: skip
     assert search == {"runtime": {}, "search": {"seed": 1}, "methods": search["methods"]}
-    assert search["methods"]["b"] == {"kind": "y", "n": 4}
+    assert "b" not in search["methods"]  # without a grid the search does not train it
     assert params["methods"]["a"]["optim"]["learning_rate"] == 1  # the profile itself keeps it

@@ -1,21 +1,26 @@
-"""Rollout engines: vLLM's answers to a rollout, weights handed over after each update; vLLM's ``LLM`` is a stand-in.
+"""Rollout engines: vLLM's answers to a rollout, weights handed over after each update, memory given back.
 
-vLLM itself is not installed here. What is tested is what the engine asks of it and what it makes of its answers.
+vLLM's ``LLM`` is a stand-in: what is tested is what the engine asks of it and what it makes of its answers. The last
+test runs vLLM itself, where it is installed.
 """
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fgalign.core.rollout import sample_responses
+from fgalign.core.rollout import Rollout, response_logits, sample_responses
 from fgalign.core.tensor_ops import pad
 from fgalign.errors import ConfigError, TrainingError
 from fgalign.ppo_trainer import FineGrainedPPOConfig, FineGrainedPPOTrainer
-from fgalign.rollout_engine import VLLMEngine, choose_engine
+from fgalign.rollout_engine import VLLMEngine, choose_engine, start_vllm
 
 EOS, PAD = 1, 0
 PROMPTS = [[2 + (3 * n + k) % 28 for k in range(1 + n % 4)] for n in range(12)]
@@ -164,25 +169,117 @@ def test_a_prompt_that_leaves_no_room_is_refused():
         found.sample([[2], [3, 4, 5]], torch.zeros(2, 4), 1.0)
 
 
-def test_vllm_in_a_single_process_finds_what_a_launcher_would_have_set(monkeypatch):
-    import os
-    import sys
+class Core:
+    """``vllm.LLM`` as far as it starts and ends: takes one thread, makes a process group unless there is one, and in
+    the end destroys it all the same."""
 
-    from fgalign.rollout_engine import start_vllm
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.llm_engine = SimpleNamespace(engine_core=self)
+        self.ended = 0
+        torch.set_num_threads(1)
+        if not torch.distributed.is_initialized():
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        self.group = torch.distributed.new_group([0])
 
-    asked = {}
-    stand_in = SimpleNamespace(LLM=lambda **options: asked.update(options), SamplingParams=None)
-    monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name in names:
-        monkeypatch.setenv(name, "")  # so that it is put back afterwards
-        monkeypatch.delenv(name)
-    started = start_vllm(
+    def shutdown(self) -> None:
+        self.ended += 1
+        torch.distributed.destroy_process_group(self.group)
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """``start_vllm`` with a ``Core`` for vLLM's ``LLM``; no process group and as many threads as before are left."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Core, SamplingParams=None))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    threads = torch.get_num_threads()
+    yield lambda: start_vllm(
         "m", lambda: [], torch.device("cpu"), max_length=10, memory=0.2, eos_token_id=EOS, pad_token_id=PAD
     )
+    torch.set_num_threads(threads)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("processes", "backend"), [("1", "uni"), ("2", "external_launcher")])
+def test_how_vllm_is_started(start, monkeypatch, processes, backend):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    before = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+    started = start()
+    asked = started.llm.options
     assert started.max_length == asked["max_model_len"] == 10 and asked["max_num_batched_tokens"] == 4096
-    assert [os.environ[name] for name in names[:4]] == ["0", "0", "1", "127.0.0.1"]
-    assert int(os.environ["MASTER_PORT"]) > 0
+    assert asked["distributed_executor_backend"] == backend and asked["gpu_memory_utilization"] == 0.2
+    # In this process, or its weights could not be reached; and nothing is left for what this process starts later.
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")} == before
+
+
+def test_closing_ends_vllm_once_and_all_that_it_started(start):
+    torch.set_num_threads(2)
+    started = start()
+    core = started.llm
+    assert torch.distributed.is_initialized() and torch.get_num_threads() == 1
+    started.close()
+    started.close()
+    assert core.ended == 1 and started.llm is None
+    assert not torch.distributed.is_initialized() and torch.get_num_threads() == 2
+
+
+def test_closing_leaves_the_process_group_of_the_trainer(start):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    started = start()
+    group = started.llm.group
+    started.close()
+    torch.distributed.barrier()
+    # vLLM's own group is gone, and what it destroys them with is as it was.
+    with pytest.raises(ValueError, match="Invalid process group"):
+        torch.distributed.destroy_process_group(group)
+    torch.distributed.destroy_process_group()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_seed_of_ppo_closes_its_engine(fails, tmp_path, monkeypatch):
+    from fgalign.methods import ppo
+
+    done = []
+
+    class Trainer:
+        device, response_tokens, gradient_updates = "cpu", 3, 2
+        accelerator = SimpleNamespace(reduce=lambda value, how: value)
+        model = torch.nn.Identity()
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def train(self) -> None:
+            done.append("train")
+            if fails:
+                raise TrainingError("a loss that is not finite")
+
+        def close(self) -> None:
+            done.append("close")
+
+        def save_model(self, folder: Any) -> None:
+            done.append("save")
+
+    for name in ("CurveRecorder", "load_causal_lm", "load_reward"):
+        monkeypatch.setattr(ppo, name, lambda *args: SimpleNamespace(samples=[]))
+    monkeypatch.setattr(ppo, "FineGrainedPPOTrainer", Trainer)
+    context = SimpleNamespace(
+        split=lambda name: SimpleNamespace(prompts=[]), tokenizer=None, stage="ppo", seed=1, out=tmp_path, bf16=False,
+        device=torch.device("cpu"), model=lambda name: tmp_path, spend=lambda **spent: done.append("spend"),
+    )  # fmt: skip
+    config = ppo.Config(kind="ppo", needs="rm_token", trainer={})
+    if fails:
+        with pytest.raises(TrainingError):
+            ppo.run(context, config)
+        assert done == ["train", "close"]
+    else:
+        ppo.run(context, config)
+        assert done == ["train", "close", "spend", "save"]
 
 
 def test_choose_engine(monkeypatch):
@@ -200,3 +297,39 @@ def test_choose_engine(monkeypatch):
     assert choose_engine("auto", own=True) == "transformers" and choose_engine("vllm", own=True) == "vllm"
     found["gpu"] = False
     assert choose_engine("auto") == "transformers"
+
+
+def test_vllm_itself_follows_the_weights_and_leaves_nothing(make_model, tmp_path):
+    pytest.importorskip("vllm")
+    shape = {"hidden_size": 64, "intermediate_size": 96}
+    make_model(0, **shape).save_pretrained(tmp_path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    uniform = torch.rand(len(PROMPTS), 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    @torch.no_grad()
+    def shortfall(rollout: Any, model: Any) -> float:
+        """How far a token's logit is below the largest at its place, at most."""
+        logits = response_logits(model, Rollout(*(field.cpu() for field in rollout)))
+        taken = logits.gather(-1, rollout.response_ids.cpu().unsqueeze(-1)).squeeze(-1)
+        return float((logits.amax(-1) - taken)[rollout.response_mask.cpu()].max())
+
+    policy = SimpleNamespace()
+    for seeds in ((1, 2), (3,)):  # two engines one after the other
+        started = start_vllm(
+            str(tmp_path),
+            lambda: ((key, value.detach().to(device)) for key, value in policy.model.named_parameters()),
+            device,
+            max_length=max(map(len, PROMPTS)) + 8, memory=0.2, eos_token_id=EOS, pad_token_id=PAD,
+        )  # fmt: skip
+        within = weakref.ref(started.llm.llm_engine.model_executor.driver_worker.model_runner.model)
+        for seed in seeds:
+            policy.model = make_model(seed, **shape)
+            started.sync()
+            # Nearly greedy: a logit 0.8 below the largest has a probability of at most e^-16, up to bf16's rounding.
+            rollout = started.sample(PROMPTS, uniform, 0.05)
+            assert shortfall(rollout, policy.model) < 0.8 < 2 < shortfall(rollout, make_model(seed + 5, **shape))
+            assert rollout.response_mask.sum(1).tolist() == [len(ids) for ids in rollout.response_lists()]
+            for ids, cut in zip(rollout.response_lists(), rollout.truncated.tolist(), strict=True):
+                assert EOS not in ids[:-1] and (len(ids) == 8 if cut else ids[-1] == EOS)
+        started.close()
+        assert within() is None and gc.get_freeze_count() == 0 and not torch.distributed.is_initialized()

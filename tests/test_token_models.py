@@ -140,6 +140,69 @@ def test_discrete_reward_function(make_model):
             reward_function(model, level, discrete=True)
 
 
+def test_a_classifiers_outputs_are_no_score(make_model):
+    with pytest.raises(ConfigError, match=r"expected one output a sequence \(num_labels=1\), found 2; a classifier's"):
+        reward_function(make_model(kind="sequence", num_labels=2), "sequence")
+    with pytest.raises(ConfigError, match="expected a pad token in its configuration, found none"):
+        reward_function(make_model(kind="sequence", num_labels=1, pad_token_id=None), "sequence")
+
+
+def test_a_response_that_ends_in_the_pad_token_is_scored_at_its_last_token(make_model):
+    model = make_model(kind="sequence", num_labels=1)
+    prompts, responses = [[5, 6, 7], [8]], [[11, 12, 0], [13, 1]]  # 0 pads
+    ((scores, _),) = raw_rewards(reward_function(model, "sequence"), prompts, responses, 0, 2, "cpu")
+    hidden = model.model(input_ids=tensor([[5, 6, 7, 11, 12, 0]])).last_hidden_state
+    assert float(scores[0]) == pytest.approx(float(model.score(hidden)[0, -1]), abs=1e-5)
+    assert abs(float(scores[0]) - float(model.score(hidden)[0, -2])) > 1e-2  # not at the token before
+    assert model.config.pad_token_id == 0
+    ((alone, _),) = raw_rewards(reward_function(model, "sequence"), prompts[1:], responses[1:], 0, 1, "cpu")
+    assert float(scores[1]) == pytest.approx(float(alone[0]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs"), [("three_class", 2), ("binary", 3), ("regression", 3), ("bradley_terry", 2)]
+)
+def test_the_model_needs_as_many_outputs_as_the_loss(make_model, tokenizer, tmp_path, loss, outputs):
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    model = make_model(kind="token", num_labels=outputs)
+    with pytest.raises(
+        ConfigError, match=f"expected {OUTPUTS[loss]} outputs a token for the loss {loss}, found {outputs}"
+    ):
+        TokenRewardTrainer(model, args, token_loss_name=loss, processing_class=tokenizer)
+
+
+def test_trainer_needs_nothing_but_pairs(make_model, tokenizer, tmp_path):
+    from transformers import TrainingArguments
+
+    pair = {
+        "id": "a", "prompt_ids": [5, 6], "initial_ids": [7, 8, 1], "initial_labels": [0, -1, 0],
+        "revised_ids": [7, 9, 1], "revised_labels": [0, 1, 0],
+    }  # fmt: skip
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=2, learning_rate=1e-2)
+    model = make_model(kind="token", num_labels=3)
+    before = model.score.weight.detach().clone()
+    TokenRewardTrainer(model, args, train_dataset=[pair] * 4, processing_class=tokenizer).train()
+    assert not torch.equal(before, model.score.weight)
+
+
+def test_summed_rewards_are_paid_at_the_last_token(make_model, tmp_path):
+    make_model(kind="token", num_labels=3).save_pretrained(tmp_path / "rm_token")
+    make_model(kind="sequence", num_labels=1).save_pretrained(tmp_path / "rm_edit")
+    prompts, responses = [[5, 6, 7], [8]], [[11, 12, 1], [13, 1]]
+    (each, rollout), (whole, _) = (
+        raw_rewards(
+            load_reward("rm_token", tmp_path / "rm_token", "cpu", summed=summed), prompts, responses, 0, 2, "cpu"
+        )[0]
+        for summed in (False, True)
+    )
+    assert whole.tolist() == pytest.approx([float(each[0, :3].sum()), float(each[1, :2].sum())])
+    assert len(set(whole.tolist())) == 2 and each.shape == (2, 3) and not rollout.response_mask[1, 2]
+    with pytest.raises(ConfigError, match="summed: expected a token-level reward model, found rm_edit with one score"):
+        load_reward("rm_edit", tmp_path / "rm_edit", "cpu", summed=True)
+
+
 # --- training and saved models ----------------------------------------------------------------------------------------
 
 

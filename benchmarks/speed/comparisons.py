@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from fgalign.hardware import describe
-from speed import kernels
 from speed.gate import Process, Runner, Thread, alternate
 from speed.pairs import PairWorkload
 from speed.table import Row, Target, row
@@ -83,11 +82,12 @@ class Session:
     busy: list[float] = field(default_factory=list)
     """Wall seconds over seconds of the processor, of every unit: above 1 (on one thread) a side had to wait."""
 
-    def work(self, name: str, workload: PPOWorkload) -> Path:
-        """A folder with a workload written into it."""
+    def work(self, name: str, workload: PPOWorkload | None = None) -> Path:
+        """A new folder, with a workload written into it."""
         folder = self.folder / name
         folder.mkdir(parents=True)
-        write_workload(folder, workload)
+        if workload is not None:
+            write_workload(folder, workload)
         return folder
 
     @contextmanager
@@ -221,11 +221,12 @@ def ppo_ending(session: Session) -> list[Row]:
         return []
     workload = PPOWorkload(**{**asdict(session.ppo), "end_probability": 1 / 24})
     answers = session.run(session.work("ppo_ending", workload), ENDING_SIDES, WARMUP_COMPILED)
-    other = values(answers[TRL_PPO], "seconds")
-    return [
-        row(learner, TRL_PPO, "time", "s/update", values(answers[side], "seconds"), other)
-        for side, learner in ours("PPO, responses that end", ENDING_SIDES)
-    ]
+    rows = []
+    for side, learner in ours("PPO, responses that end", ENDING_SIDES):
+        both = (answers[side], answers[TRL_PPO])
+        rows.append(row(learner, TRL_PPO, "time", "s/update", *(values(answer, "seconds") for answer in both)))
+        rows.append(memory(learner, TRL_PPO, *both))
+    return rows
 
 
 def figa(session: Session) -> list[Row]:
@@ -253,33 +254,38 @@ def figa(session: Session) -> list[Row]:
     return rows
 
 
+def kernel(session: Session, name: str, workload: PairWorkload, times: int) -> tuple[list, list]:
+    """What our side and the other one of ``speed.kernels`` measured, ``times`` pieces of work a unit."""
+    options = {"kernel": name, "pairs": asdict(workload), "times": times}
+    sides = {str(ours): ("speed.kernels", {**options, "ours": ours}) for ours in (True, False)}
+    answers = session.run(session.work(name), sides)
+    return answers["True"], answers["False"]
+
+
 def figa_kernels(session: Session) -> list[Row]:
     """FIGA's masks and loss on one batch of long sequences, in milliseconds."""
     workload = session.long_pairs
     size = f"{workload.batch} pairs × {workload.prompt_length + workload.longest + 1}"
+    loss = f"FIGA loss, {size} × {workload.vocab_size:,}"
     rows = []
-    for title, measure, other, name, note in (
-        (f"FIGA masks, {size}", kernels.collation, "pad", "padding alone", f"released code: {RELEASED_MASKS}"),
-        (
-            f"FIGA loss, {size} × {workload.vocab_size:,}",
-            kernels.loss,
-            "cross_entropy",
-            "plain cross-entropy",
-            f"released code: {RELEASED_LOSS}",
-        ),
+    for title, name, times, other, note in (
+        (f"FIGA masks, {size}", "masks", 20, "padding alone", f"released code: {RELEASED_MASKS}"),
+        (loss, "loss", 1, "plain cross-entropy", f"released code: {RELEASED_LOSS}"),
     ):
-        found = measure(workload, session.rounds)
-        both = ([value * 1000 for value in found[side]] for side in ("figa", other))
-        rows.append(row(title, name, "time", "ms", *both, note=note))
+        both = kernel(session, name, workload, times)
+        milliseconds = ([1000 / value for value in per_second(answers, "times")] for answers in both)
+        rows.append(row(title, other, "time", "ms", *milliseconds, note=note))
+        rows.append(memory(title, other, *both))
     return rows
 
 
 def labelling(session: Session) -> list[Row]:
     """Labelled pairs a second on one core, beside the Levenshtein call that it makes."""
     workload = session.label_pairs
-    found = kernels.labelling(workload, session.rounds)
-    both = ([workload.pairs / value for value in found[side]] for side in ("labels", "editops"))
-    return [row(f"Labelling, {workload.longest} tokens", "Levenshtein.editops", "pairs", "1/s", *both)]
+    both = kernel(session, "labelling", workload, 1)
+    title, other = f"Labelling, {workload.longest} tokens", "Levenshtein.editops"
+    rates = ([workload.pairs * value for value in per_second(answers, "times")] for answers in both)
+    return [row(title, other, "pairs", "1/s", *rates), memory(title, other, *both)]
 
 
 COMPARISONS: dict[str, Callable[[Session], list[Row]]] = {

@@ -1,43 +1,29 @@
-"""What is measured inside one process: FIGA's collation and loss, and labelling beside the plain Levenshtein call."""
+"""Sides of the small comparisons: FIGA's collation and loss, and labelling, each beside the plain operation. A unit
+is that piece of work, some times over.
+
+Both sides of a comparison import the same, so that their peak memory differs by what the work takes.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from speed.gate import turn
+from speed.gate import Gate, serve
 from speed.pairs import PairWorkload, labelled_pairs, responses
 
-
-def seconds(work: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of the processor of each piece of work in each round; the order turns every second round, and ``warmup``
-    rounds do not count."""
-    found: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(-warmup, rounds):
-        for name in turn(list(work), number):
-            started = time.process_time()
-            work[name]()
-            if number >= 0:
-                found[name].append(time.process_time() - started)
-    return found
+Work = Callable[[], object]
 
 
-def labelling(workload: PairWorkload, rounds: int) -> dict[str, list[float]]:
-    """Seconds to label all pairs (``labels``), and of the Levenshtein call alone (``editops``)."""
+def labelling(workload: PairWorkload, ours: bool) -> Work:
+    """Label all pairs; the other side: the Levenshtein call alone."""
     from rapidfuzz.distance import Levenshtein
 
     from fgalign.labels import label_edit
 
-    pairs = responses(workload)
-    return seconds(
-        {
-            "labels": lambda: [label_edit(initial, revised) for initial, revised in pairs],
-            "editops": lambda: [Levenshtein.editops(initial, revised) for initial, revised in pairs],
-        },
-        rounds,
-    )
+    pairs, align = responses(workload), label_edit if ours else Levenshtein.editops
+    return lambda: [align(initial, revised) for initial, revised in pairs]
 
 
 def figa_batch(workload: PairWorkload) -> tuple[Any, list[dict[str, Any]]]:
@@ -49,9 +35,8 @@ def figa_batch(workload: PairWorkload) -> tuple[Any, list[dict[str, Any]]]:
     return collator, labelled_pairs(workload, 1)[: workload.batch]
 
 
-def collation(workload: PairWorkload, rounds: int) -> dict[str, list[float]]:
-    """Seconds to collate a batch into ids, attention mask and weights (``figa``), and into ids and attention mask alone
-    (``pad``)."""
+def masks(workload: PairWorkload, ours: bool) -> Work:
+    """Collate a batch into ids, attention mask and weights; the other side: into ids and attention mask alone."""
     from fgalign.core.tensor_ops import pad
 
     collator, examples = figa_batch(workload)
@@ -61,24 +46,22 @@ def collation(workload: PairWorkload, rounds: int) -> dict[str, list[float]]:
         pad(rows, 0, side="right")
         pad([[1] * len(row) for row in rows], 0, side="right")
 
-    return seconds({"figa": lambda: collator(examples), "pad": plain}, rounds)
+    return (lambda: collator(examples)) if ours else plain
 
 
-def loss(workload: PairWorkload, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the loss and its gradient with respect to given float32 logits: FIGA's trainer, whose output layer
-    sees positions with weights only (``figa``), and cross-entropy at every position (``cross_entropy``)."""
+def loss(workload: PairWorkload, ours: bool) -> Work:
+    """The loss and its gradient with respect to given float32 logits: FIGA's trainer, which has them at positions with
+    weights only; the other side: cross-entropy at every position."""
     import torch
 
     from fgalign.methods.figa import FIGATrainer
 
     collator, examples = figa_batch(workload)
     batch = collator(examples)
-    weighted = batch["weights"] != 0
     targets = batch["input_ids"][:, 1:]
+    size = (int((batch["weights"] != 0).sum()),) if ours else targets.shape
     torch.manual_seed(workload.seed)
-    logits = torch.randn(*targets.shape, workload.vocab_size)
-    some = logits[weighted].clone().requires_grad_()
-    every = logits.requires_grad_()
+    logits = torch.randn(*size, workload.vocab_size).requires_grad_()
     # What the loss asks of its trainer and its model; these logits are what an output layer would have made.
     trainer = SimpleNamespace(
         args=SimpleNamespace(threshold=0.6, threshold_reading="nll"),
@@ -86,11 +69,32 @@ def loss(workload: PairWorkload, rounds: int) -> dict[str, list[float]]:
     )
 
     def figa() -> None:
-        some.grad = None
-        FIGATrainer.loss(trainer, lambda **inputs: SimpleNamespace(logits=some), batch).loss.backward()
+        logits.grad = None
+        FIGATrainer.loss(trainer, lambda **inputs: SimpleNamespace(logits=logits), batch).loss.backward()
 
     def cross_entropy() -> None:
-        every.grad = None
-        torch.nn.functional.cross_entropy(every.flatten(0, 1), targets.flatten()).backward()
+        logits.grad = None
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
 
-    return seconds({"figa": figa, "cross_entropy": cross_entropy}, rounds)
+    return figa if ours else cross_entropy
+
+
+KERNELS: dict[str, Callable[[PairWorkload, bool], Work]] = {"labelling": labelling, "masks": masks, "loss": loss}
+
+
+def side(options: dict[str, Any], gate: Gate) -> None:
+    """Options: ``threads``, ``kernel`` (of ``KERNELS``), ``ours``, ``pairs`` (fields of ``PairWorkload``), ``times``
+    that a unit does the work."""
+    import torch
+
+    torch.set_num_threads(options["threads"])
+    work = KERNELS[options["kernel"]](PairWorkload(**options["pairs"]), options["ours"])
+    gate.ready()
+    while True:
+        for _ in range(options["times"]):
+            work()
+        gate.done(times=options["times"])
+
+
+if __name__ == "__main__":
+    serve(side)

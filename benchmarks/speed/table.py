@@ -104,6 +104,18 @@ def read_rows(path: Path) -> list[Row]:
         ]
 
 
+def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """``old`` with all rows of the comparisons in ``new`` replaced, where the first of them stood; what ``old`` does
+    not have comes at its end."""
+    rows = list(old)
+    for comparison in dict.fromkeys(entry.comparison for entry in new):
+        places = [place for place, entry in enumerate(rows) if entry.comparison == comparison]
+        first = places[0] if places else len(rows)
+        kept = [entry for entry in rows[first:] if entry.comparison != comparison]
+        rows = [*rows[:first], *(entry for entry in new if entry.comparison == comparison), *kept]
+    return rows
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The table as Markdown, for the page and the terminal."""
     lines = [

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 from fgalign.config import Section
@@ -43,6 +46,10 @@ class ScratchConfig(Section):
 
 class PretrainedConfig(Section):
     """A published causal LM: a folder or hub name, or a GGUF file inside an installed Python package.
+
+    ``name`` is a folder (absolute, or relative to where the stage runs, the repository's root) where there is one, else
+    a name of the hub such as ``owner/model``; ``revision`` is a commit, tag or branch there. Code in a model's
+    repository is never run.
 
     For a GGUF file give ``package`` (import name) and ``gguf_file`` (path inside the package); the quantised weights
     are dequantised once and saved as float32 safetensors.
@@ -163,9 +170,12 @@ def build_scratch(
 def build_pretrained(config: PretrainedConfig, out: Path) -> None:
     """Take over a published model: load it, drop what it carries of its quantisation, save it as safetensors.
 
+    The same model gives the same files, to the byte.
+
     Raises:
-        ConfigError: neither a name nor a package with a GGUF file is given, or both; a chat template with the date.
-        InputError: the package or the file is missing, or the named model cannot be loaded.
+        ConfigError: neither a name nor a package with a GGUF file is given, or both; there is no chat template, or one
+            with the date; the model keeps a state instead of a key-value cache.
+        InputError: the package, the file or the folder is missing, or the named model cannot be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -178,41 +188,122 @@ def build_pretrained(config: PretrainedConfig, out: Path) -> None:
     if config.package is not None and config.revision is not None:
         raise ConfigError("base_model.revision: expected only with `name`; a package has its version")
     if config.name is not None:
-        where, arguments = config.name, {"revision": config.revision}
+        where, arguments = config.name, _named(config.name, config.revision)
     else:
         where, arguments = str(_package_folder(config.package, config.gguf_file)), {"gguf_file": config.gguf_file}
-    try:
+    with _loading(config):
         tokenizer = AutoTokenizer.from_pretrained(where, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **arguments)
-    except (OSError, ValueError) as error:
-        if config.name is None:
-            raise
-        revision = f" --revision {config.revision}" if config.revision else ""
-        raise InputError(
-            f"base_model.name: {where} cannot be loaded ({' '.join(str(error).split())[:200]}); on a machine with "
-            f"network access run `hf download {where}{revision} --local-dir FOLDER`, copy the folder and name it here"
-        ) from None
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where, dtype=torch.float32, output_loading_info=True, **arguments
+        )
+    if config.name is not None:
+        _check_complete(where, tokenizer, report["missing_keys"])
+    if getattr(model, "_is_stateful", False):
+        raise ConfigError(
+            f"base_model: expected a model with a key-value cache, found {type(model).__name__} in {where}, which "
+            "keeps a state; name another model"
+        )
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"base_model: the tokenizer of {where} has no chat template; expected one that renders a user turn: give "
+            "it as base_model.chat_template"
+        )
+    if "strftime_now" in str(tokenizer.chat_template):
+        raise ConfigError(
+            f"base_model: the chat template of {where} writes today's date into every prompt, so that no run would "
+            "repeat; give one without it as base_model.chat_template"
+        )
     # A model read from GGUF still says that it is quantised, and then can be neither saved nor trained.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
     _separate_pad(tokenizer, model)
-    if config.chat_template is not None:
-        tokenizer.chat_template = config.chat_template
-    if "strftime_now" in str(tokenizer.chat_template):
-        raise ConfigError(
-            f"base_model: the chat template of {where} writes today's date into every prompt, so that no run would "
-            "repeat; give one without it as base_model.chat_template"
-        )
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
+def _named(name: str, revision: str | None) -> dict[str, Any]:
+    """How transformers is to load a folder, or a model of the hub; an InputError where the name can be neither."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if not os.path.lexists(name):
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            raise InputError(
+                f"base_model.name: {name!r}: no such folder; expected a folder with a model, or a name of the hub "
+                "such as owner/model"
+            ) from None
+        return {"revision": revision, "trust_remote_code": False}
+    if not (Path(name) / "config.json").is_file():
+        content = ", ".join(sorted(os.listdir(name))[:5]) or "nothing" if os.path.isdir(name) else "no folder"
+        raise InputError(
+            f"base_model.name: {name}: expected a folder with a model (config.json, weights and tokenizer), found "
+            f"{content}; name the folder that `save_pretrained` or `hf download` wrote"
+        )
+    if revision is not None:
+        raise ConfigError(
+            f"base_model.revision: expected only with a name of the hub, found the folder {name}; drop it"
+        )
+    return {"local_files_only": True, "trust_remote_code": False}
+
+
+def _check_complete(where: str, tokenizer: Any, missing: set[str]) -> None:
+    """Raise InputError for what transformers would make up: weights at random, a tokenizer without tokens."""
+    if missing:
+        more = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
+        raise InputError(
+            f"base_model.name: {where}: expected all weights of a causal LM, found none for "
+            f"{', '.join(sorted(missing)[:3])}{more}; name a model with a language-modelling head"
+        )
+    if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):
+        raise InputError(
+            f"base_model.name: {where}: expected a tokenizer, found one without tokens; put the model's tokenizer "
+            "files (tokenizer.json and tokenizer_config.json) beside its weights"
+        )
+
+
+@contextmanager
+def _loading(config: PretrainedConfig) -> Iterator[None]:
+    """Make one InputError of whatever goes wrong when the named model is loaded, without a line for each attempt."""
+    from huggingface_hub.utils import logging
+    from safetensors import SafetensorError
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if config.name is None:
+            raise
+        reason = f"base_model.name: {config.name} cannot be loaded ({shorten(str(error), 200, placeholder='...')})"
+        if os.path.isdir(config.name):
+            advice = "expected a folder with config.json, the weights and the tokenizer of a causal LM of transformers"
+        elif isinstance(error, OSError):
+            revision = f" --revision {config.revision}" if config.revision else ""
+            advice = (
+                f"there is no folder of that name here; on a machine with network access run `hf download {config.name}"
+                f"{revision} --local-dir FOLDER`, copy the folder and name it here"
+            )
+        else:
+            advice = "expected a causal LM whose code is in transformers"
+        raise InputError(f"{reason}; {advice}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def _separate_pad(tokenizer: Any, model: Any) -> None:
-    """Give padding a token of its own: an unused special token of the vocabulary, else a new one."""
+    """Give padding a token of its own: an unused special token of the vocabulary, else a new one.
+
+    A new one takes a spare row of the embeddings where there is one: many models have more rows than tokens.
+    """
+    import torch
+
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     for candidate in ("<|endoftext|>", "<pad>", "<unk>"):
@@ -220,7 +311,12 @@ def _separate_pad(tokenizer: Any, model: Any) -> None:
             tokenizer.pad_token = candidate
             return
     tokenizer.add_special_tokens({"pad_token": PAD})
-    model.resize_token_embeddings(len(tokenizer))
+    rows = max(len(tokenizer), tokenizer.pad_token_id + 1)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        # The new row is drawn around the mean of the others.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(rows)
 
 
 def _package_folder(package: str, gguf_file: str) -> Path:

@@ -213,6 +213,15 @@ def label_quality(profile: ProfileOption = None) -> None:
 
 
 @app.command()
+def text_quality(profile: ProfileOption = None) -> None:
+    """The judge's scores of the texts that methods learn from."""
+    with stage(profile, "text_quality") as current:
+        from fgalign.stages.judge import run_text_quality
+
+        run_text_quality(current)
+
+
+@app.command()
 def reward_models(profile: ProfileOption = None) -> None:
     """The reward models on held-out pairs and against the truth."""
     with stage(profile, "reward_models") as current:

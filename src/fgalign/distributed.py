@@ -1,8 +1,8 @@
 """Training on several processes: what a trainer of ours has to say to accelerate, FSDP and DeepSpeed.
 
 `accelerate launch` starts the processes and its configuration file chooses between data parallelism, FSDP (version 2)
-and DeepSpeed ZeRO-3; sharding, gathering and reducing are theirs. Of ZeRO-3 nothing has been run: no machine of ours
-has it. Every function does nothing, or next to nothing, in one process.
+and DeepSpeed ZeRO-3; sharding, gathering and reducing are theirs. All three have run on CPU processes alone. Every
+function does nothing, or next to nothing, in one process.
 """
 
 from __future__ import annotations
@@ -31,18 +31,26 @@ def check_supported(accelerator: Any, *, adapter: bool) -> None:
         )
 
 
-def prepare_trained(both: Any, optimizer: Any, accelerator: Any, microbatch_size: int) -> tuple[Any, Any]:
-    """accelerate's ``prepare`` of a ``PolicyWithValue`` and its optimiser."""
+def prepare_trained(
+    both: Any, optimizer: Any, accelerator: Any, microbatch_size: int, max_grad_norm: float
+) -> tuple[Any, Any]:
+    """accelerate's ``prepare`` of a ``PolicyWithValue`` and its optimiser. ``max_grad_norm`` is for DeepSpeed, which
+    clips gradients itself."""
+    reduce_in_float32(accelerator)
     if accelerator.is_fsdp2:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
-        reduce_in_float32(accelerator)
         both, optimizer = accelerator.prepare(both, optimizer)
         register_fsdp_forward_method(both, "run_policy")
         return both, optimizer
     if "DEEPSPEED" in str(accelerator.distributed_type):
-        # DeepSpeed takes it from a data loader, and there is none.
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = microbatch_size
+        # Batch sizes DeepSpeed takes from a data loader, and there is none; a trainer before this one has left its own.
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "gradient_clipping": max_grad_norm,
+            "train_micro_batch_size_per_gpu": microbatch_size,
+            "gradient_accumulation_steps": 1,
+            "train_batch_size": microbatch_size * accelerator.num_processes,
+        }
     return accelerator.prepare(both, optimizer)
 
 
@@ -65,7 +73,7 @@ def full_parameters(module: nn.Module, accelerator: Any) -> Iterator[tuple[str, 
     for name, parameter in module.named_parameters():
         if hasattr(parameter, "full_tensor"):
             yield name, parameter.detach().to(accelerator.device).full_tensor()
-        elif is_sharded(accelerator):
+        elif is_sharded(accelerator) and not accelerator.is_fsdp2:  # FSDP's root may hold its own whole
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([parameter]):
@@ -76,7 +84,7 @@ def full_parameters(module: nn.Module, accelerator: Any) -> Iterator[tuple[str, 
 
 @contextmanager
 def gathered(model: nn.Module, accelerator: Any) -> Iterator[None]:
-    """Within it a layer of a sharded model keeps its full weights once it has run, as sampling token by token needs;
+    """Within it a layer of a sharded policy keeps its full weights once it has run, as sampling token by token needs;
     then they are freed. Processes need not take the same number of steps after the first."""
     if not is_sharded(accelerator):
         yield
@@ -95,10 +103,16 @@ def gathered(model: nn.Module, accelerator: Any) -> Iterator[None]:
                 # The root keeps its weights until the backward pass, as ``fully_shard`` decides by itself.
                 part.set_reshard_after_forward(keeps and part is not model, recurse=False)
     else:
-        from trl.models import unwrap_model_for_generation
+        import deepspeed
+        from trl.models.utils import add_hooks, remove_hooks
 
-        with unwrap_model_for_generation(model, accelerator):
-            yield
+        # The value model, as large as the policy, stays shared out: it samples nothing.
+        with deepspeed.zero.GatheredParameters(list(accelerator.unwrap_model(model).policy.parameters())):
+            remove_hooks(model)
+            try:
+                yield
+            finally:
+                add_hooks(model)
 
 
 def own_rows(count: int, accelerator: Any) -> list[int]:

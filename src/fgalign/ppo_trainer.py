@@ -42,9 +42,12 @@ import torch
 from torch import Tensor, nn
 
 from fgalign.core.modeling import (
+    Float32Linear,
     attend_in_float32,
     check_compiler,
     check_float32,
+    check_kept,
+    float32_head,
     full_state,
     is_sharded,
     leave_out_cudnn_attention,
@@ -223,8 +226,35 @@ def check_config(args: FineGrainedPPOConfig) -> None:
             raise ConfigError(f"value_model: advantage group has none; leave it at 'head', found {args.value_model!r}")
     if not 0 < args.vllm_memory < 1:
         raise ConfigError(f"vllm_memory: expected a share between 0 and 1, found {args.vllm_memory}")
+    for name in ("learning_rate", "kl_coef", "value_coef", "clip_range", "gamma", "lam"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ConfigError(f"{name}: expected a number of at least 0, found {getattr(args, name)}")
+    for name in ("kl_target", "kl_horizon"):
+        if not getattr(args, name) > 0:
+            raise ConfigError(f"{name}: expected above 0, found {getattr(args, name)}")
     if not args.temperature > 0:
         raise ConfigError(f"temperature: expected above 0 (training needs a distribution), found {args.temperature}")
+
+
+def check_prompts(prompts: Sequence[Any], pad_token_id: int) -> None:
+    """Raise ConfigError unless prompts are lists of token ids, none of them empty or padded."""
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+            raise ConfigError(
+                "train_dataset: expected a list of prompts, each a list of token ids, found "
+                f"{type(prompts).__name__} of {type(prompt).__name__}"
+            )
+        if not prompt or not all(isinstance(token, int) for token in prompt):
+            raise ConfigError(f"train_dataset: prompt {number}: expected token ids, found {_beginning(prompt)}")
+        if pad_token_id in (prompt[0], prompt[-1]):
+            raise ConfigError(
+                f"train_dataset: prompt {number}: expected no padding (token {pad_token_id}), found "
+                f"{_beginning(prompt)}; give prompts as they are, each of its own length"
+            )
+
+
+def _beginning(prompt: Sequence[Any]) -> str:
+    return "none" if not prompt else ", ".join(map(str, prompt[:8])) + (", …" if len(prompt) > 8 else "")
 
 
 class PolicyWithValue(nn.Module):
@@ -240,7 +270,9 @@ class PolicyWithValue(nn.Module):
         self.value_model = value_model
         self.has_values = has_values
         if has_values and value_model is None:
-            self.value_head = nn.Linear(policy.config.hidden_size, 1)
+            # What the output layer reads; some models project their hidden states first.
+            size = getattr(policy.get_output_embeddings(), "in_features", policy.config.hidden_size)
+            self.value_head = Float32Linear(size, 1)
             # Values start at 0: an untrained head must not disturb the first advantages.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
@@ -258,21 +290,22 @@ class PolicyWithValue(nn.Module):
             "use_cache": False,
         }
         if not self.has_values:
-            logits = self.policy(**inputs, logits_to_keep=keep).logits
+            logits = self._kept(self.policy(**inputs, logits_to_keep=keep).logits, keep)
             return logits, torch.zeros(logits.shape[:2], device=logits.device)
         if self.value_model is not None:
-            logits = self.policy(**inputs, logits_to_keep=keep).logits
+            logits = self._kept(self.policy(**inputs, logits_to_keep=keep).logits, keep)
             return logits, self.separate_values(input_ids, attention_mask, keep)
         output = self.policy(**inputs, logits_to_keep=keep, output_hidden_states=True)
         hidden = output.hidden_states[-1][:, -keep:]
-        return output.logits, self.head_values(hidden)
+        return self._kept(output.logits, keep), self.head_values(hidden)
+
+    def _kept(self, logits: Tensor, keep: int) -> Tensor:
+        check_kept(self.policy, logits, keep)
+        return logits
 
     def head_values(self, hidden: Tensor) -> Tensor:
-        """Values of hidden states, in the precision of the head's weights: autocast would round them to bf16, by more
-        than they change from token to token."""
-        # The meta device, on which shapes are checked, knows no autocast.
-        with nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False):
-            return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        """Values of hidden states."""
+        return self.value_head(hidden).squeeze(-1).float()
 
     def separate_values(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
         """Values (B, keep) of the value model at the last ``keep`` positions."""
@@ -421,11 +454,12 @@ class FineGrainedPPOTrainer:
             raise ConfigError("ref_model: expected another object than model, or the KL is always 0; load it twice")
         if ref_model is None and peft_config is None:
             raise ConfigError("ref_model: None works only with peft_config, where the adapter can be switched off")
-        if len(train_dataset) and not isinstance(train_dataset[0], Sequence):
-            raise ConfigError(
-                "train_dataset: expected a list of prompts, each a list of token ids, found "
-                f"{type(train_dataset).__name__} of {type(train_dataset[0]).__name__}"
-            )
+        check_prompts(train_dataset, processing_class.pad_token_id)
+        for name, each in (("model", model), ("value_model", value_model)):
+            if getattr(each, "_is_stateful", False):
+                raise ConfigError(
+                    f"{name}: expected a model with a key-value cache, found {type(each).__name__}, which keeps a state"
+                )
         if len(train_dataset) < args.rollout_batch_size // args.group_size:
             groups = f" / group_size {args.group_size}" if args.group_size > 1 else ""
             raise ConfigError(
@@ -453,6 +487,8 @@ class FineGrainedPPOTrainer:
         if args.bf16 and self.accelerator.device.type == "cpu":
             for each in (model, ref_model, value_model, getattr(reward, "model", None)):
                 attend_in_float32(each)
+        for each in (value_model, getattr(reward, "model", None)):
+            float32_head(each)
         self.reward = reward
         self.prompts = train_dataset
         self.tokenizer = processing_class
@@ -472,8 +508,9 @@ class FineGrainedPPOTrainer:
         both = PolicyWithValue(model, value_model, has_values=args.advantage == "gae").eval()
         fused = {"fused": True} if args.fused else {}
         optimizer = torch.optim.AdamW(self._groups(both), weight_decay=args.weight_decay, betas=(0.9, 0.95), **fused)
+        microbatch_size = args.microbatch_size or args.minibatch_size // processes
         self.model, self.optimizer = prepare_trained(
-            both, optimizer, self.accelerator, args.microbatch_size or args.minibatch_size // processes
+            both, optimizer, self.accelerator, microbatch_size, args.max_grad_norm
         )
         compiled = torch.compile if args.compile else _as_it_is
         self._losses = compiled(partial(experience_losses, args))
@@ -522,6 +559,11 @@ class FineGrainedPPOTrainer:
             if self._log is not None:
                 self._log(statistics, update)
             self._call_back(update)
+
+    def close(self) -> None:
+        """Give back what the rollout engine holds; to be called when the trainer has sampled for the last time, or
+        failed (``contextlib.closing`` does both)."""
+        self.engine.close()
 
     def step(self, update: int) -> dict[str, float]:
         """One round: sample, score, update; returns the statistics that GLOSSARY explains."""

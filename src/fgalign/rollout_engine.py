@@ -1,27 +1,37 @@
 """What samples PPO's responses: transformers with the policy itself, or vLLM with a copy of it on the same GPU.
 
-An engine has two methods. ``sample`` draws a response to each prompt; ``sync`` is called when the policy has changed,
-before the next ``sample``. An engine gives tokens; the log-probabilities that PPO trains on are the trainer's own, or,
-where the trainer asks for it, what its own policy said while transformers sampled from it (``rollout.Recorder``).
+An engine has three methods. ``sample`` draws a response to each prompt; ``sync`` is called when the policy has changed,
+before the next ``sample``; ``close`` gives back its memory. An engine gives tokens; the log-probabilities that PPO
+trains on are the trainer's own, or, where the trainer asks for it, what its own policy said while transformers sampled
+from it (``rollout.Recorder``).
 
-vLLM has not been run here: ``VLLMEngine`` is tested against a stand-in for vLLM's ``LLM`` class.
+``VLLMEngine`` is tested against a stand-in for vLLM's ``LLM`` class, and, where vLLM is installed, with vLLM itself.
+That was done with vLLM for CPUs (0.32); on a GPU it has not been run.
 """
 
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fgalign.core.rollout import CompiledDecoder, Recorder, Rollout, as_rollout, concatenate, sample_responses
+from fgalign.core.rollout import (
+    CompiledDecoder,
+    Recorder,
+    Rollout,
+    as_rollout,
+    check_fixed_cache,
+    concatenate,
+    sample_responses,
+)
 from fgalign.core.tensor_ops import pad
 from fgalign.errors import ConfigError, TrainingError
+from fgalign.parallel import process_count
 
 ENGINES = ("transformers", "vllm", "auto")
 
@@ -34,6 +44,9 @@ class RolloutEngine(Protocol):
 
     def sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float) -> Rollout:
         """One response to each prompt of at most T tokens; ``uniform`` (B, T) in [0, 1) is all its randomness."""
+
+    def close(self) -> None:
+        """Give back what it holds; it samples no more."""
 
 
 def choose_engine(name: str, own: bool = False) -> str:
@@ -68,6 +81,8 @@ class TransformersEngine:
     ) -> None:
         self.policy, self.gathered, self.device, self.batch_size = policy, gathered, device, batch_size
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        if compiled:
+            check_fixed_cache(policy(), pad_token_id)
         self.decoder = CompiledDecoder(policy()) if compiled else None
 
     def sync(self) -> None:
@@ -100,6 +115,9 @@ class TransformersEngine:
                 parts.append(part)
         return concatenate(parts, self.pad_token_id)
 
+    def close(self) -> None:
+        """Nothing to do: it holds nothing of its own."""
+
 
 class VLLMEngine:
     """Samples with a vLLM engine in this process, on this process's GPU.
@@ -110,6 +128,7 @@ class VLLMEngine:
         weights: gives name and full value of each of the policy's parameters, in transformers' names.
         device: where rollouts go.
         max_length: longest prompt and response together that ``llm`` serves, in tokens (None: any).
+        shut_down: ends ``llm``.
     """
 
     def __init__(
@@ -122,8 +141,10 @@ class VLLMEngine:
         eos_token_id: int,
         pad_token_id: int,
         max_length: int | None = None,
+        shut_down: Callable[[Any], None] = lambda llm: None,
     ) -> None:
         self.llm, self.sampling_params, self.weights, self.device = llm, sampling_params, weights, device
+        self.shut_down = shut_down
         self.max_length = max_length
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
 
@@ -178,6 +199,13 @@ class VLLMEngine:
         rollout = as_rollout(prompts, responses, self.pad_token_id, self.device)
         return rollout._replace(truncated=torch.tensor(truncated, device=self.device))
 
+    def close(self) -> None:
+        """Shut vLLM down, once. Otherwise it would keep its weights and cache, and, because it takes all that is there
+        when it starts out of Python's garbage collection, the trainer's models too."""
+        llm, self.llm = self.llm, None
+        if llm is not None:
+            self.shut_down(llm)
+
 
 def start_vllm(
     model: str,
@@ -197,18 +225,17 @@ def start_vllm(
         memory: share of the GPU's memory that vLLM may take, weights and KV cache together.
     """
     # One process for vLLM and the trainer, so that weights can be handed over.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    if "RANK" not in os.environ:
-        # What `accelerate launch` would have set, which vLLM's launcher for a process that is already there reads.
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(free_port()))
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would tell its makers what runs here
     from vllm import LLM, SamplingParams
 
+    launched, threads = torch.distributed.is_initialized(), torch.get_num_threads()
     llm = LLM(
         model=model,
         dtype="bfloat16",
         tensor_parallel_size=1,
-        distributed_executor_backend="external_launcher",
+        # Launched processes have an engine each, beside the trainer's process group.
+        distributed_executor_backend="external_launcher" if process_count() > 1 else "uni",
         gpu_memory_utilization=memory,
         max_model_len=max_length,
         # vLLM sets its memory aside by the largest batch of prompt tokens, of which the default is far too large.
@@ -216,12 +243,29 @@ def start_vllm(
         generation_config="vllm",
         skip_tokenizer_init=True,
     )
+
+    def shut_down(llm: Any) -> None:
+        with kept_process_group(launched):
+            llm.llm_engine.engine_core.shutdown()
+        torch.set_num_threads(threads)  # vLLM takes one
+
     ids = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    return VLLMEngine(llm, SamplingParams, weights, device, max_length=max_length, **ids)
+    return VLLMEngine(llm, SamplingParams, weights, device, max_length=max_length, shut_down=shut_down, **ids)
 
 
-def free_port() -> int:
-    """A port of the loopback address that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextmanager
+def kept_process_group(keep: bool) -> Iterator[None]:
+    """Within it torch's default process group is not destroyed. vLLM ends it when it shuts down, whoever made it, and
+    the trainer's processes need it on."""
+    destroy = torch.distributed.destroy_process_group
+
+    def spare_default(group: Any = None) -> None:
+        if group not in (None, torch.distributed.group.WORLD):
+            destroy(group)
+
+    if keep:
+        torch.distributed.destroy_process_group = spare_default
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy

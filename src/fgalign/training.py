@@ -20,7 +20,7 @@ from fgalign.core.modeling import (
     reduce_in_float32,
     save_model,
 )
-from fgalign.core.schema import LabelledPair
+from fgalign.core.schema import BAD, GOOD, NEUTRAL, LabelledPair
 from fgalign.errors import ConfigError, InputError, TrainingError
 from fgalign.parallel import is_main_process, process_count, progress
 from fgalign.tracking import Run
@@ -111,6 +111,37 @@ def trainer_arguments(optim: OptimConfig, *, output_dir: Path, seed: int, device
 
 def _uses_fsdp() -> bool:
     return process_count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
+_LABELS = {"revised": {NEUTRAL, GOOD}, "initial": {BAD, NEUTRAL}}
+
+
+def check_pair(example: Mapping[str, Any], scaled: bool = False) -> None:
+    """Raise TrainingError unless an example of a data set has what ``schema.LabelledPair`` says: a prompt, and for each
+    token of a response a label of its side; with ``scaled`` a finite number too (``revised_scales``,
+    ``initial_scales``)."""
+    where = f"pair {example.get('id')!r}"
+    for column in ("prompt_ids", "revised_ids", "initial_ids"):
+        if not example.get(column):
+            raise TrainingError(
+                f"{where}: {column}: expected token ids, found none; `labels.label_edits` makes labelled pairs of edits"
+            )
+    for side, allowed in _LABELS.items():
+        size = len(example[f"{side}_ids"])
+        for column in (f"{side}_labels", *([f"{side}_scales"] if scaled else [])):
+            given = example.get(column)
+            if given is None or len(given) != size:
+                found = "none" if given is None else str(len(given))
+                raise TrainingError(
+                    f"{where}: {column}: expected one for each of the {size} tokens of {side}_ids, found {found}"
+                )
+        odd = set(example[f"{side}_labels"]) - allowed
+        if odd:
+            raise TrainingError(
+                f"{where}: {side}_labels: expected {' or '.join(map(str, sorted(allowed)))}, found {min(odd)}"
+            )
+        if scaled and not all(map(math.isfinite, example[f"{side}_scales"])):
+            raise TrainingError(f"{where}: {side}_scales: expected finite numbers, found NaN or infinity")
 
 
 def peft_config(optim: OptimConfig, task_type: str) -> Any:

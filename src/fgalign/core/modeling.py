@@ -8,7 +8,9 @@ import gc
 import os
 import platform
 import shutil
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,8 @@ from fgalign.parallel import can_fork, cores, process_count
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _KEPT = 256 * 2**20
 _FLOAT32_ATTENTION = "sdpa_float32"
+_HEADS = ("score", "classifier")
+"""What transformers calls the new layer of a sequence or token classification model."""
 
 
 class RuntimeConfig(Section):
@@ -145,21 +149,132 @@ def load_causal_lm(path: Path | str, device: torch.device | str = "cpu") -> Any:
     """Load a causal language model in float32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(_existing(path), dtype=torch.float32).to(device)
+    return _loaded(AutoModelForCausalLM, path).to(device)
 
 
 def load_sequence_reward_model(path: Path | str, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
-    """Load (or, from a causal LM's folder, start) a model with one score a sequence."""
+    """Load (or, from a causal LM's folder, start) a model with one score a sequence, which is float32 under autocast
+    too (``Float32Linear``)."""
     from transformers import AutoModelForSequenceClassification
 
-    return AutoModelForSequenceClassification.from_pretrained(_existing(path), dtype=torch.float32, **kwargs).to(device)
+    return float32_head(_loaded(AutoModelForSequenceClassification, path, **kwargs)).to(device)
 
 
 def load_token_reward_model(path: Path | str, device: torch.device | str = "cpu", **kwargs: Any) -> Any:
-    """Load (or, from a causal LM's folder, start) a model with logits of (bad, neutral, good) at each token."""
+    """Load (or, from a causal LM's folder, start) a model with logits of (bad, neutral, good) at each token, which are
+    float32 under autocast too (``Float32Linear``)."""
     from transformers import AutoModelForTokenClassification
 
-    return AutoModelForTokenClassification.from_pretrained(_existing(path), dtype=torch.float32, **kwargs).to(device)
+    return float32_head(_loaded(AutoModelForTokenClassification, path, **kwargs)).to(device)
+
+
+def _loaded(auto: Any, path: Path | str, **kwargs: Any) -> Any:
+    """A model of one of transformers' Auto classes in float32; where transformers has no reward model (sequence or
+    token classification) of a causal LM's family, one made of its parts (``classifier_class``).
+
+    Raises:
+        InputError: the folder lacks weights other than those of a new head, which would be drawn at random.
+    """
+    from transformers import AutoConfig
+
+    load_whole()
+    config = type(AutoConfig.from_pretrained(_existing(path)))
+    chosen = auto if config in auto._model_mapping else classifier_class(config, auto.__name__)
+    model, found = chosen.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **kwargs)
+    missing = [name for name in found["missing_keys"] if name.split(".")[0] not in _HEADS]
+    if missing:
+        raise InputError(
+            f"{path}: expected the weights of a {type(model).__name__}, found none for {min(missing)} and "
+            f"{len(missing) - 1} others; make the model again"
+        )
+    if getattr(model.config, "output_router_logits", False):
+        # TRL's SFT leaves it on; its loss over the experts does not fit the masks of sampling.
+        model.config.output_router_logits = False
+    return model
+
+
+@cache
+def classifier_class(config: type, kind: str) -> type:
+    """A class for sequence or token classification of a causal LM's family, from transformers' generic head and the
+    family's own backbone: about half of the families have none.
+
+    Args:
+        config: the family's configuration class.
+        kind: name of the Auto class that lacks it.
+
+    Raises:
+        ConfigError: no such family, or none of its backbones.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, modeling_layers
+
+    task = kind.removeprefix("AutoModelFor")
+    head = getattr(modeling_layers, f"GenericFor{task}", None)
+    families = (AutoModelForCausalLM._model_mapping, AutoModel._model_mapping)
+    if head is None or any(config not in family for family in families):
+        raise ConfigError(f"model: expected a causal LM of transformers, found {config.__name__}, which has no {kind}")
+    causal = families[0][config]
+    # The family's base class, which knows how its weights are named and drawn; the causal LM itself adds generation.
+    base = next(
+        each
+        for each in causal.__mro__[1:]
+        if issubclass(each, PreTrainedModel) and each.__name__.endswith("PreTrainedModel")
+    )
+
+    def start(self: Any, settings: Any) -> None:
+        head.__init__(self, settings)
+        size = getattr(settings, "word_embed_proj_dim", settings.hidden_size)  # OPT's backbone ends in a projection
+        self.score = nn.Linear(size, settings.num_labels, bias=self.score.bias is not None)
+
+    name = f"{causal.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}For{task}"
+    own = {"__init__": start, "config_class": config, "base_model_prefix": causal.base_model_prefix}
+    return type(name, (head, base), own)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that autocast leaves alone: its outputs keep the precision of its weights (bf16 under FSDP in
+    bf16). In bf16 rewards and values have steps of 1/256 of their size, more than they change from token to token."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the type of the weights."""
+        # The meta device, on which shapes are checked, knows no autocast.
+        with nullcontext() if input.is_meta else torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
+def float32_head(model: Any) -> Any:
+    """``model`` with its head, which transformers calls ``score`` or ``classifier``, made a ``Float32Linear``."""
+    for name in _HEADS:
+        head = getattr(model, name, None)
+        if type(head) is nn.Linear:
+            head.__class__ = Float32Linear
+    return model
+
+
+def check_positions(folder: Path, length: int | None, where: str) -> None:
+    """Raise ConfigError where a model learned a place for each position and has fewer than ``length``: beyond them it
+    would read outside its table. Rotary positions and ALiBi have no such end."""
+    from transformers import AutoConfig
+
+    if length is None:
+        return
+    config = AutoConfig.from_pretrained(_existing(folder))
+    limit = getattr(config, "max_position_embeddings", None)
+    endless = any(hasattr(config, name) for name in ("rope_parameters", "rope_theta", "rotary_pct", "alibi"))
+    endless = endless or config.model_type in ("bloom", "mpt")
+    if limit is not None and not endless and length > limit:
+        raise ConfigError(
+            f"{where}: max_length: expected at most {limit}, the positions that {type(config).__name__} of {folder} "
+            f"has learned, found {length}"
+        )
+
+
+def load_whole() -> None:
+    """Have transformers load and make whole models. Once a trainer has used ZeRO-3 it would share out the weights of
+    every later one at once, whatever accelerate's ``zero3_init_flag`` says, and only a model that DeepSpeed has
+    prepared can run so."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def compile_layers(model: Any) -> None:
@@ -220,6 +335,16 @@ def check_float32(model: nn.Module) -> None:
             )
 
 
+def check_kept(model: Any, output: Tensor, kept: int) -> None:
+    """Raise ConfigError unless a model gave (B, ``kept``, ...) when asked for so many positions: some swallow
+    ``logits_to_keep``, and their positions would be other ones."""
+    if output.shape[1] != kept:
+        raise ConfigError(
+            f"model: expected logits of {kept} positions from {type(model).__name__}, found {output.shape[1]}: it does "
+            "not know `logits_to_keep`; use a causal LM that does"
+        )
+
+
 def release_memory(device: torch.device) -> None:
     """Give back a GPU's memory of what is no longer used: trainers hold themselves in a circle, which Python clears
     only now and then, and autocast keeps its copies of weights until its context ends."""
@@ -254,14 +379,21 @@ def is_sharded(accelerator: Any) -> bool:
 
 
 def reduce_in_float32(accelerator: Any) -> None:
-    """Under FSDP in bf16, reduce gradients in float32 and leave outputs as they are: accelerate's own policy makes bf16
-    of both. To be called before anything is prepared."""
-    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+    """Under FSDP and ZeRO-3 in bf16, reduce gradients in float32 and add up those of several passes in it, and leave
+    outputs as they are: without this they do it in bf16. To be called before anything is prepared."""
+    if accelerator.mixed_precision != "bf16":
+        return
+    if accelerator.is_fsdp2:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
         )
+    elif is_sharded(accelerator):
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
 
 
 def full_state(model: Any, accelerator: Any, prefix: str = "") -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fgalign.core.tensor_ops import entropy, pad, position_ids, tempered, token_logps
+from fgalign.errors import ConfigError
 
 
 class Rollout(NamedTuple):
@@ -178,6 +179,35 @@ class CompiledDecoder(Decoder):
         """See ``Decoder``."""
         mask = torch.nn.functional.pad(mask, (0, self._padding))
         return self._run(self._compiled if ids.shape[1] == 1 else self.model, ids, mask, positions, hidden)
+
+
+@torch.no_grad()
+def check_fixed_cache(model: Any, pad_token_id: int) -> None:
+    """Raise ConfigError where a model says something else with the fixed-size cache of ``CompiledDecoder`` than with
+    one that grows, as those do that keep windows or states of their own (GPT-Neo, LFM2): three steps of two rows, one
+    of them padded."""
+    known = [token for token in range(5) if token != pad_token_id][:4]
+    prompts = torch.tensor([known, [pad_token_id, pad_token_id, *known[:2]]], device=model.device)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]], device=model.device)
+    growing, fixed = Decoder(model), CompiledDecoder(model)
+    fixed._compiled = model  # the cache is in question, not the compiler
+    logits = []
+    for decoder in (growing, fixed):
+        decoder.start(2, mask.shape[1])
+        ids, positions = prompts, position_ids(mask[:, :4])
+        steps = []
+        for seen in range(4, 7):
+            now = mask.clone()
+            now[:, seen:] = 0
+            steps.append(decoder.step(ids, now, positions, seen, False)[0].float())
+            ids, positions = prompts[:, seen - 4 : seen - 3], positions[:, -1:] + 1
+        logits.append(torch.stack(steps).log_softmax(-1))
+    difference = float((logits[0] - logits[1]).abs().max())
+    if not difference < 0.05:
+        raise ConfigError(
+            f"compile: expected a model that works with a key-value cache of fixed size, found {type(model).__name__}, "
+            f"whose log-probabilities differ by {difference:.2g} nats with it; use compile: false"
+        )
 
 
 class Recorder:

@@ -30,7 +30,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
     """Token ids of a response with the end-of-sequence token at its end; what reads like a special token in the
-    response is text."""
+    response is text.
+
+    Raises:
+        InputError: the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token; expected one that ends a response: "
+            "set `tokenizer.eos_token`"
+        )
     ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [*ids, tokenizer.eos_token_id]
 

@@ -122,7 +122,7 @@ _JUDGES = {
     judge.name: judge
     for judge in (
         Judge("simulator_gold", "gold score of the simulator", simulator_score),
-        Judge("rouge_l", "ROUGE-L F1 with the gold long answer (rouge-score)", rouge_l_score),
+        Judge("rouge_l", "ROUGE-L F1 with the gold long answer", rouge_l_score),
     )
 }
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 from fgalign.config import Section
 from fgalign.context import Context
-from fgalign.core.modeling import check_float32, load_causal_lm
+from fgalign.core.modeling import check_float32, check_kept, load_causal_lm
 from fgalign.core.schema import BAD, GOOD, LabelledPair
 from fgalign.core.tensor_ops import pad, token_logps
 from fgalign.core.tokens import encode_response
@@ -43,6 +44,7 @@ from fgalign.training import (
     OptimConfig,
     add_lora,
     check_lengths,
+    check_pair,
     pair_lengths,
     peft_config,
     save_trained,
@@ -83,12 +85,12 @@ class FIGACollator:
     gamma: float
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate; a pair longer than ``max_length``, or without a label (and scale) for each token, is a
+        """Collate; a pair longer than ``max_length``, or one that ``training.check_pair`` refuses, is a
         TrainingError."""
         ids, labels, is_revised, scales = [], [], [], []
-        columns = {f"{side}_labels" for side in ("revised", "initial")}
-        if any(f"{side}_scales" in example for example in examples for side in ("revised", "initial")):
-            columns |= {f"{side}_scales" for side in ("revised", "initial")}
+        scaled = any(f"{side}_scales" in example for example in examples for side in ("revised", "initial"))
+        for example in examples:
+            check_pair(example, scaled)
         for side in ("revised", "initial"):
             for example in examples:
                 row = [*example["prompt_ids"], *example[f"{side}_ids"]]
@@ -97,18 +99,10 @@ class FIGACollator:
                         f"pair {example.get('id')!r}: prompt and {side} response have {len(row)} tokens, more than "
                         f"max_length {self.max_length}; raise it or shorten the data"
                     )
-                for column in (f"{side}_labels", f"{side}_scales"):
-                    given = example.get(column)
-                    if column in columns and (given is None or len(given) != len(example[f"{side}_ids"])):
-                        found = "none" if given is None else str(len(given))
-                        raise TrainingError(
-                            f"pair {example.get('id')!r}: {column}: expected one for each of the "
-                            f"{len(example[f'{side}_ids'])} tokens of {side}_ids, found {found}"
-                        )
                 ids.append(row)
                 labels.append([0] * len(example["prompt_ids"]) + list(example[f"{side}_labels"]))
                 is_revised.append([side == "revised"])
-                if f"{side}_scales" in columns:
+                if scaled:
                     scales.append([0.0] * len(example["prompt_ids"]) + list(example[f"{side}_scales"]))
         lengths = torch.tensor([len(row) for row in ids]).unsqueeze(1)
         starts = torch.tensor([len(example["prompt_ids"]) for example in examples] * 2).unsqueeze(1)
@@ -140,7 +134,8 @@ class FIGATrainer(Trainer):
     divides within each micro-batch, which changes the loss).
 
     Raises:
-        ConfigError: weights that are not float32, a tokenizer without a padding token.
+        ConfigError: weights that are not float32, a tokenizer without a padding token, revised responses none of which
+            ends, a model without ``logits_to_keep``.
         TrainingError: a loss that is not finite, a pair that ``FIGACollator`` refuses.
     """
 
@@ -157,6 +152,12 @@ class FIGATrainer(Trainer):
             raise ConfigError(f"threshold_reading: expected 'nll' or 'probability', found {args.threshold_reading!r}")
         if processing_class.pad_token_id is None:
             raise ConfigError("tokenizer: expected one with a padding token, found none; set `tokenizer.pad_token`")
+        ends = (row["revised_ids"][-1:] for row in islice(train_dataset or (), 1000) if "revised_ids" in row)
+        if (found := list(ends)) and [processing_class.eos_token_id] not in map(list, found):
+            raise ConfigError(
+                f"train_dataset: revised_ids: expected responses that end with the end-of-sequence token "
+                f"{processing_class.eos_token_id}, found none of {len(found)}; without it no response learns to end"
+            )
         collator = FIGACollator(
             pad_token_id=processing_class.pad_token_id,
             eos_token_id=processing_class.eos_token_id,
@@ -192,7 +193,8 @@ class FIGATrainer(Trainer):
         if len(rows) == 0:
             rows = columns = torch.zeros(1, dtype=torch.long, device=weights.device)
         kept, place = torch.unique(columns, return_inverse=True)
-        with only_positions(self.accelerator.unwrap_model(model), rows, place):
+        plain = self.accelerator.unwrap_model(model)
+        with only_positions(plain, rows, place, len(kept)):
             logits = model(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
@@ -200,6 +202,7 @@ class FIGATrainer(Trainer):
                 logits_to_keep=kept,
             ).logits
         if logits.dim() == 3:  # no output layer was found: all rows of the columns
+            check_kept(plain, logits, len(kept))
             logits = logits[rows, place]
         logps = token_logps(logits, inputs["input_ids"][rows, columns + 1])
         return figa_loss(
@@ -253,14 +256,23 @@ class FIGATrainer(Trainer):
 
 
 @contextmanager
-def only_positions(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
+def only_positions(model: Any, rows: Tensor, columns: Tensor, kept: int) -> Iterator[None]:
     """While the block runs, the model's output layer sees the N positions (rows, columns) of its (B, T, H) input alone,
-    and gives logits (N, V). A model that names no output layer stays as it is."""
+    and gives logits (N, V). A model that names no output layer stays as it is.
+
+    Raises:
+        ConfigError: T is not ``kept``: the model does not know ``logits_to_keep``.
+    """
     layer = model.get_output_embeddings()
     if layer is None:
         yield
         return
-    handle = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows, columns], *inputs[1:]))
+
+    def chosen(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        check_kept(model, inputs[0], kept)
+        return (inputs[0][rows, columns], *inputs[1:])
+
+    handle = layer.register_forward_pre_hook(chosen)
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ While it trains, the policy answers a fixed set of validation prompts now and th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -48,6 +49,8 @@ class Config(Section):
     discrete: bool = False
     """Pay each token -1, 0 or 1, its likeliest class under a token-level model with classes, not the difference of
     probabilities."""
+    summed: bool = False
+    """Pay the sum of a response's token rewards at its last token, in place of each at its own."""
     trainer: dict[str, Any]
     lora: LoraSection | None = None
     curve: CurveConfig = CurveConfig()
@@ -153,7 +156,7 @@ def run(context: Context, config: Config) -> None:
         trainer = FineGrainedPPOTrainer(
             load_causal_lm(context.model("sft"), device),
             None if lora else load_causal_lm(context.model("sft"), device),
-            reward=load_reward(config.needs, context.model(config.needs), device, config.discrete),
+            reward=load_reward(config.needs, context.model(config.needs), device, config.discrete, config.summed),
             args=FineGrainedPPOConfig(
                 output_dir=str(context.out),
                 seed=context.seed,
@@ -177,7 +180,8 @@ def run(context: Context, config: Config) -> None:
                 trained.add_(inputs[1].sum())
 
         trainer.model.register_forward_pre_hook(count)
-        trainer.train()
+        with closing(trainer):
+            trainer.train()
     context.spend(
         training_tokens=int(trainer.accelerator.reduce(trained, "sum")),
         sampled_tokens=trainer.response_tokens,

@@ -530,6 +530,10 @@ FURTHER: tuple[Claim, ...] = (
     _wins(
         "token_ppo_beats_edit_ppo", BEYOND, "Token-level PPO beats fine-grained PPO (edits).", "ppo_token", "ppo_edit"
     ),
+    _wins(
+        "token_rewards_beat_their_sum", BEYOND, "Token rewards, each at its token, beat their sum at the last token.",
+        "ppo_token", "ppo_token_sum",
+    ),
     _wins("ppo_beats_sft", BEYOND, "PPO beats the SFT model that it starts from.", PLAIN_PPO, SFT),
     Claim(
         "token_rewards_find_flaws", BEYOND,

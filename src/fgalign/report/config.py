@@ -14,11 +14,13 @@ SFT = "sft"
 DEFAULT_PPO_METHODS = [PLAIN_PPO, "ppo_edit", "ppo_token"]
 CORE_METHODS = ["base", SFT, "figa", PLAIN_PPO]
 """Rows of `figa_core`: what FIGA starts from, FIGA, and PPO."""
-SWEEPS = ("xu_token_models", "figa_sweeps", "figa_filter", "label_noise", "overoptimisation", "search")
+SWEEPS = ("xu_token_models", "figa_sweeps", "figa_filter", "label_noise", "ppo_rates", "overoptimisation", "search")
 """Tables and figures of the second pipeline (``reproduce/sweeps``), whose files are apart from the first one's."""
 REWARD_MODELS = ["rm_preference", "rm_edit", "rm_token"]
-STUDIES = ("figa_signals", "figa_data_ablation", "figa_sweeps", "figa_filter", "label_noise")
+STUDIES = ("figa_signals", "figa_data_ablation", "figa_sweeps", "figa_filter", "label_noise", "ppo_rates")
 """Studies of the profile that are tables, by the names of both."""
+ACROSS_METHODS = ("ppo_rates",)
+"""Studies whose variants are compared with the first even where that is of another method."""
 
 Names = Annotated[list[str], Field(min_length=1)]
 
@@ -72,6 +74,14 @@ def report_config(profile: Profile) -> ReportConfig:
         methods = ["base", SFT, *profile.params.get("methods", {})]
         return parse_section({**section, "methods": methods}, ReportConfig, f"{profile.file}: report")
     return profile.section("report", ReportConfig)
+
+
+def measured(profile: Profile) -> str:
+    """What answers were measured with, for captions: the profile, how many seeds and test prompts, the judge."""
+    seeds, prompts = len(profile.seeds), profile.params.get("evaluation", {}).get("prompts")
+    counts = f"{profile.name}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
+    counts += f", {prompts} test prompts" if prompts else ""
+    return f"{counts}; judge: {report_config(profile).judge_title}"
 
 
 def other_judges(profile: Profile) -> dict[str, JudgeTitle]:

@@ -16,7 +16,7 @@ from fgalign.errors import ConfigError
 from fgalign.io import atomic_file
 from fgalign.report import inputs
 from fgalign.report.cells import MINUS, Cell
-from fgalign.report.config import SWEEPS, reinforced_methods, report_config, variants
+from fgalign.report.config import SWEEPS, measured, reinforced_methods, report_config, variants
 from fgalign.report.inputs import metrics_path
 from fgalign.report.style import BLACK, BLUE, VERMILLION, MethodStyle, method_style, method_styles, variant_label
 from fgalign.report.tables import credit, study_table, win_rate_cells
@@ -47,12 +47,13 @@ SETTINGS = {
 @dataclass(frozen=True)
 class FigureSpec:
     """A figure: what draws it, and the files that it reads. ``core`` figures belong to every profile; of the others,
-    those are shown that were built."""
+    those are shown that were built. ``judged``: of answers to test prompts, so that the judge is named below."""
 
     title: str
     draw: Callable[[Profile], Figure]
     files: Callable[[Profile], list[Path]]
     core: bool = True
+    judged: bool = False
 
 
 def learning_curves(profile: Profile) -> Figure:
@@ -367,12 +368,12 @@ def _judged_files(profile: Profile) -> list[Path]:
 FIGURES: dict[str, FigureSpec] = {
     "learning_curves": FigureSpec("Learning curves of the PPO variants", learning_curves, _one_file("curves.csv")),
     "token_labels": FigureSpec("Token labels and token rewards", token_labels, _one_file("token_examples.json")),
-    "win_rates": FigureSpec("Win rates", win_rates, _judged_files),
-    "figa_signals": FigureSpec("FIGA's signal", figa_signals, _study_files("figa_signals"), core=False),
+    "win_rates": FigureSpec("Win rates", win_rates, _judged_files, judged=True),
+    "figa_signals": FigureSpec("FIGA's signal", figa_signals, _study_files("figa_signals"), core=False, judged=True),
     "overoptimisation": FigureSpec(
         "Over-optimisation", overoptimisation, _one_file("overoptimisation.csv"), core=False
     ),
-    "label_noise": FigureSpec("Label noise", label_noise, _study_files("label_noise"), core=False),
+    "label_noise": FigureSpec("Label noise", label_noise, _study_files("label_noise"), core=False, judged=True),
     "credit": FigureSpec("Where the credit goes", credit_figure, _one_file("credit.csv"), core=False),
 }
 
@@ -394,6 +395,8 @@ def build_figure(profile: Profile, name: str) -> list[Path]:
         raise ConfigError(f"unknown figure {name!r}; expected one of {', '.join(FIGURES)}")
     with _settings():
         figure = FIGURES[name].draw(profile)
+        if FIGURES[name].judged:
+            figure.supxlabel(measured(profile), fontsize=6, color="#555555")
         pictures = {}
         for path in figure_paths(profile, name):
             kind = path.suffix[1:]

@@ -24,7 +24,7 @@ JUDGED_COLUMNS = ("id", "seed", "score", "reference_score", "win", "kl", "tokens
 CURVE_COLUMNS = ("update", "response_tokens", "gradient_updates", "score", "win", "kl", "reward")
 SWEEP_METRICS = ("search.csv", "overoptimisation.csv", "token_models.csv")
 SIDES = ("initial", "revised", "reference")
-BUDGET_COLUMNS = ("training_tokens", "sampled_tokens")
+BUDGET_COLUMNS = ("training_tokens", "sampled_tokens", "gradient_updates")
 OVEROPTIMISATION_COLUMNS = ("kl", "proxy", "gold", "win")
 CREDIT_COLUMNS = ("flawed_tokens", "tokens", "weight_flawed", "weight_total")
 
@@ -264,7 +264,7 @@ def read_token_intervals(profile: Profile) -> dict[tuple[str, str], tuple[float,
 
 
 def read_budgets(profile: Profile, methods: list[str]) -> PerSeed:
-    """``method -> training_tokens, sampled_tokens -> value per seed``, in tokens."""
+    """``method -> training_tokens, sampled_tokens, gradient_updates -> value per seed``."""
     budgets: PerSeed = {}
     for method in methods:
         path, writer = metrics_path(profile, f"budgets/{method}.csv"), f"the stage that judges `{method}`"
@@ -432,6 +432,18 @@ def read_label_quality(profile: Profile) -> dict[str, dict[str, list[float]]]:
             if name != "intervals" and value is not None
         }
     return rows
+
+
+def read_text_quality(profile: Profile) -> dict[str, dict[str, list[float]]]:
+    """``split:text -> score, better -> one number a text``; ``better`` only where the text is one side of a pair."""
+    path, writer = metrics_path(profile, "text_quality.csv"), "the stage that judges the texts"
+    found: dict[str, dict[str, list[float]]] = {}
+    for line, row in enumerate(read_rows(path, ("split", "text", "id", "score", "better"), writer), start=2):
+        values = found.setdefault(f"{row['split']}:{row['text']}", {"score": [], "better": []})
+        for name in values:
+            if name == "score" or row[name]:
+                values[name].append(number(row[name], path, line, name))
+    return found
 
 
 def read_token_examples(profile: Profile) -> list[dict]:

@@ -19,12 +19,16 @@ from fgalign.report.claims import BEYOND, LEVEL, VERDICTS, Result, claims_from_c
 from fgalign.report.config import other_judges, report_config
 from fgalign.report.figures import FIGURES, figure_paths
 from fgalign.report.reported import FIGA_ROW, FIGA_SOURCE, REPORTED, Reported, verdict
-from fgalign.report.style import metric_style, row_label
+from fgalign.report.style import BENCHMARK, metric_style, row_label
 from fgalign.report.tables import TABLES, blocks, table_paths
 
 HUMAN = "human"
 MORE_SEEDS = "more-seeds"
 """The default profile with more seeds, for the claims alone."""
+_NOT_SHOWN = (
+    "report", "root", "params_file", "world", "papers", "needed_token_models", "judge_models", "other_judges",
+    "judge_tables",
+)  # fmt: skip
 EARLIER = {
     "earlier test split": "results/first-test-split/claims-12-seeds.csv",
     "another base model": "results/other-base-models/intel-xeon/claims-12-seeds.csv",
@@ -107,7 +111,7 @@ def paper_numbers(profile: Profile, human: Profile | None) -> dict[str, Any]:
         "comparisons": _comparisons(profile, _more_seeds(profile.root)),
         "published_figa_row": {"source": FIGA_SOURCE, "cells": [list(item) for item in FIGA_ROW.items()]},
         "sample": _sample(profile),
-        "settings": _flatten({key: value for key, value in profile.params.items() if key != "report"}),
+        "settings": _settings(profile),
     }
 
 
@@ -119,6 +123,8 @@ def _profile_numbers(profile: Profile, names: list[str]) -> dict[str, Any]:
         "seeds": len(profile.seeds),
         "budget_note": config.budget_note,
         "judge_title": config.judge_title,
+        "methods": [[name, row_label(profile, "figa_main", name)] for name in config.methods],
+        "prompts": profile.params.get("evaluation", {}).get("prompts"),
         "other_judges": [judge.model_dump() for judge in other_judges(profile).values()],
         "tables": {name: _shown(profile, name, cells) for name, cells in tables.items()},
         "missing_tables": [TABLES[name].title for name in TABLES if name not in [*names, *_without_rows(profile)]],
@@ -134,8 +140,11 @@ def _without_rows(profile: Profile) -> list[str]:
 
 
 def _shown(profile: Profile, name: str, cells: list[Cell]) -> dict[str, Any]:
-    """A table for typst: blocks of rows of cells, the verdict beside each published number."""
+    """A table for typst: blocks of rows of cells, the verdict beside each published number. ``figa_main`` leaves out
+    the rates of tasks, which have a table of their own."""
     shown = []
+    if name == "figa_main" and table_paths(profile, "benchmarks")[0].exists():
+        cells = [cell for cell in cells if not cell.metric.startswith(BENCHMARK)]
     for block in blocks(profile, name, cells):
         rows = []
         for method, row in block.rows:
@@ -170,7 +179,10 @@ def _with_more_seeds(root: Path) -> dict[str, Any] | None:
     """The claims of the profile with more seeds, as ``_claims``, and how many seeds; None if they were not tested."""
     profile = _more_seeds(root)
     claims = _claims(profile) if profile else None
-    return {"name": MORE_SEEDS, "seeds": len(profile.seeds), "claims": claims} if profile and claims else None
+    if profile is None or not claims:
+        return None
+    prompts = profile.params.get("evaluation", {}).get("prompts")
+    return {"name": MORE_SEEDS, "seeds": len(profile.seeds), "prompts": prompts, "claims": claims}
 
 
 def _earlier(root: Path) -> dict[str, Any] | None:
@@ -212,10 +224,18 @@ def _claim(result: Result) -> dict[str, str]:
         "interval": f"[{show(result.ci_low)}, {show(result.ci_high)}]",
         "p": "< 0.001" if result.p_holm < 0.001 else f"{result.p_holm:.3f}",
         "verdict": result.verdict,
+        "why": _why(result),
         "detectable": show(result.detectable, ""),
         "smallest": f"{result.smallest_effect:g}",
         "reported": show(result.reported),
     }
+
+
+def _why(result: Result) -> str:
+    """Which of two reasons a claim does not hold for; empty for other verdicts."""
+    if result.verdict != "does not hold":
+        return ""
+    return "reversed" if result.p_holm < LEVEL else f"below {result.smallest_effect:g}"
 
 
 def _values(cells: list[Cell]) -> dict[str, dict[str, dict[str, str]]]:
@@ -286,9 +306,15 @@ def _sample(profile: Profile) -> dict[str, Any]:
     return {**{key: sample[key] for key in ("id", "prompt", "reference")}, "responses": responses}
 
 
+def _settings(profile: Profile) -> list[list[str]]:
+    """What the appendix shows of a profile: dotted keys and values, without titles, grids and lists of stages."""
+    rows = _flatten({key: value for key, value in profile.params.items() if key not in _NOT_SHOWN})
+    return [row for row in rows if row[1] != "{}" and not {"title", "search"} & set(row[0].split(".")[1:])]
+
+
 def _flatten(value: Any, prefix: str = "") -> list[list[str]]:
     """Parameters as (dotted key, value) pairs, in the order of the file."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return [
             pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
         ]

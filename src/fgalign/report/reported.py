@@ -9,7 +9,7 @@ from fgalign.report.cells import Cell
 
 Verdict = Literal["agrees", "does not agree", "cannot tell", "not comparable"]
 
-FIGA_SOURCE = "Guo et al. 2024 (FIGA), main table"
+FIGA_SOURCE = "Guo et al. 2024 (FIGA), main table, as a public summary quotes it"
 XU_SOURCE = "Xu et al. 2024, abstract"
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fgalign.config import Profile
+from fgalign.errors import ConfigError
 from fgalign.io import write_json
+from fgalign.report.config import STUDIES
 from fgalign.study import searched_keys
 
-SHOWN = ("seeds", "report", "methods", "token_models", "studies", "sweeps", "search")
-"""Sections of a profile that tables and figures read: seeds, titles, which rows there are."""
+SHOWN = ("seeds", "report", "evaluation", "methods", "token_models", "studies", "sweeps", "search")
+"""Sections of a profile that tables and figures read: seeds, titles, which rows there are, how many prompts."""
 EVALUATED = ("evaluation", "seeds", "runtime")
 """Sections that sampling and judging read. A file of their own: so many stages sample and judge that parsing the whole
 profile for each took half a second of every `dvc repro`."""
@@ -24,8 +26,20 @@ def write_settings(profile: Profile) -> list[Path]:
     """Write into ``data/<profile>``: ``evaluation.json``, what answers are sampled and judged with; ``settings.json``,
     what tables and figures show; ``recipe.json``, everything, for the paper and for the parameters of the other stages,
     which DVC reads from it; ``search.json``, what the hyperparameter search starts from, without the values that it is
-    to choose: entering its choice does not make it run again. Returns their paths."""
+    to choose: entering its choice does not make it run again. Returns their paths.
+
+    Raises:
+        ConfigError: a study that no table shows; nothing is written, and nothing is trained for it.
+    """
     params = profile.params
+    known = (*STUDIES, "overoptimisation")
+    for section in ("studies", "sweeps"):
+        for name in params.get(section) or {}:
+            if name not in known:
+                raise ConfigError(
+                    f"{profile.file}: {section}.{name}: no table shows a study of this name; expected one of "
+                    f"{', '.join(known)}, or add it to STUDIES and TABLES (docs/adding-a-method.md)"
+                )
 
     def sections(names: tuple[str, ...]) -> dict[str, Any]:
         return {key: params[key] for key in names if key in params}
@@ -42,9 +56,11 @@ def write_settings(profile: Profile) -> list[Path]:
 
 
 def without_choices(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters without those values that a method's ``search`` grid replaces, and without learning curves, which
-    the search does not record."""
+    """The parameters without those values that a method's ``search`` grid replaces, without methods that have no grid,
+    and without learning curves, which the search does not record."""
     params = deepcopy(params)
+    if "methods" in params:
+        params["methods"] = {name: entry for name, entry in params["methods"].items() if searched_keys(entry)}
     for entry in params.get("methods", {}).values():
         entry.pop("curve", None)
         for dotted in searched_keys(entry):

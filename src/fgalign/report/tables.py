@@ -19,10 +19,12 @@ from fgalign.io import write_text
 from fgalign.report import inputs
 from fgalign.report.cells import Block, Cell, blocks_to_tex, cells_to_csv, layout
 from fgalign.report.config import (
+    ACROSS_METHODS,
     CORE_METHODS,
     PLAIN_PPO,
     SFT,
     SWEEPS,
+    measured,
     other_judges,
     reinforced_methods,
     report_config,
@@ -45,7 +47,7 @@ SHARES = (*PAIR_SHARES, "token_precision", "token_recall")
 LABEL_SHARES = ("precision", "recall", "f1", "share_of_labels", "share_bad_labelled", "share_bad_truth")
 
 
-QUALITY, BUDGETS = "Quality", "Budget and tasks"
+QUALITY, BUDGETS = "Quality", "Further"
 BY_KIND = "AUROC by kind of flaw"
 OTHER_JUDGES = "Other judges"
 BEST, LAST = "At the best gold score", "At the last update"
@@ -91,14 +93,43 @@ def figa_data(profile: Profile) -> list[Cell]:
     return cells
 
 
-def figa_main(profile: Profile) -> list[Cell]:
-    """Each method against the reference answers: win rate, its paired difference to SFT, score, reward, KL, length.
+def text_quality(profile: Profile) -> list[Cell]:
+    """The texts that methods learn from or are compared with, under the judge: how many, their mean score, the share
+    with the score 0, which has no flaw, and how often the judge likes the better side of a pair better; intervals over
+    texts."""
+    from fgalign.evaluation.statistics import crossed_interval
 
-    With ``budgets/`` the tokens that each method of the profile trained on and sampled follow (per seed, in tokens),
-    with ``benchmarks/`` the rates of the harness's tasks (in percent).
+    name, cells = "text_quality", []
+    for row, values in inputs.read_text_quality(profile).items():
+        scores = values["score"]
+        cells.append(Cell(row, "texts", float(len(scores))))
+        flawless = [float(score == 0) for score in scores]
+        for metric, found, scale, bounds in (
+            ("score", scores, 1.0, None),
+            ("flawless", flawless, PERCENT, UNIT_RANGE),
+            ("better", values["better"], PERCENT, UNIT_RANGE),
+        ):
+            if len(found) > 1:
+                interval = crossed_interval([found], bounds=bounds)
+                cells.append(_cell(name, row, metric, [scale * value for value in interval], []))
+            elif found:  # one text says nothing about others
+                cells.append(_cell(name, row, metric, [scale * found[0], None, None], []))
+    return cells
+
+
+def figa_main(profile: Profile) -> list[Cell]:
+    """Each method against the reference answers: win rate, its paired difference to SFT, score, reward, KL, length; the
+    share of answers that the budget of tokens cut off.
+
+    With ``budgets/`` the tokens that each method of the profile trained on and sampled and its optimiser steps follow
+    (per seed), with ``benchmarks/`` the rates of the harness's tasks (in percent).
     """
     methods = report_config(profile).methods
-    cells = _against_sft("figa_main", profile, methods)
+    grids = _judged(profile, methods)
+    cells = _against_sft("figa_main", grids)
+    cells += [
+        _share("figa_main", method, "truncated", grid.values["truncated"], grid.seeds) for method, grid in grids.items()
+    ]
     if metrics_path(profile, "budgets").is_dir():
         trained = [method for method in methods if method in profile.params.get("methods", {})]
         budgets = inputs.read_budgets(profile, trained)
@@ -118,11 +149,10 @@ def benchmarks(profile: Profile) -> list[Cell]:
 
 def figa_core(profile: Profile) -> list[Cell]:
     """The initial model, SFT, FIGA and PPO under the judge: what ``figa_main`` says of them without the other rows."""
-    return _against_sft("figa_core", profile, CORE_METHODS)
+    return _against_sft("figa_core", _judged(profile, CORE_METHODS))
 
 
-def _against_sft(table: str, profile: Profile, methods: list[str]) -> list[Cell]:
-    grids = _judged(profile, methods)
+def _against_sft(table: str, grids: dict[str, Grid]) -> list[Cell]:
     cells = []
     for method, grid in grids.items():
         cells.append(_win_rate(table, method, grid))
@@ -257,7 +287,8 @@ def _judge_files(profile: Profile, row: str) -> list[Path]:
 def study_table(study: str) -> Callable[[Profile], list[Cell]]:
     """The table of a study: win rate, its paired difference to the study's first variant, score, KL, length.
 
-    Where a study varies several methods, the difference is to the first variant of the same method.
+    Where a study varies several methods, the difference is to the first variant of the same method, unless it is one of
+    ``ACROSS_METHODS``.
     """
 
     def cells(profile: Profile) -> list[Cell]:
@@ -265,7 +296,7 @@ def study_table(study: str) -> Callable[[Profile], list[Cell]]:
         first: dict[str | None, str] = {}
         found = []
         for name, variant in variants(profile, study).items():
-            other = first.setdefault(variant.method, name)
+            other = first.setdefault(None if study in ACROSS_METHODS else variant.method, name)
             found.append(_win_rate(study, name, grids[name]))
             if other != name:
                 found.append(_difference(study, name, other, grids, "difference_to_first"))
@@ -465,6 +496,8 @@ def _by_kind(profile: Profile, cell: Cell) -> str:
 def _study(study: str, title: str) -> Table:
     def block(profile: Profile, cell: Cell) -> str:
         methods = list(dict.fromkeys(variant.method for variant in variants(profile, study).values()))
+        if study in ACROSS_METHODS:
+            return ""
         return method_style(profile, variants(profile, study)[cell.method].method).label if len(methods) > 1 else ""
 
     return Table(title, study_table(study), _row_file(f"studies/{study}"), lambda row: [study], block, core=False)
@@ -477,6 +510,14 @@ TABLES: dict[str, Table] = {
         _label_file,
         block=lambda profile, cell: "Split" if cell.method.startswith("split:") else "Kind of flaw",
     ),
+    "text_quality": Table(
+        "What the texts are worth",
+        text_quality,
+        _one_file("text_quality.csv"),
+        lambda row: ["text_quality"],
+        lambda profile, cell: cell.method.partition(":")[0].capitalize(),
+        core=False,
+    ),
     "figa_data": Table("FIGA's data", figa_data, _one_file("figa_data.csv")),
     "figa_core": Table("FIGA and PPO", figa_core, _judged_file, core=False),
     "figa_main": Table(
@@ -484,7 +525,9 @@ TABLES: dict[str, Table] = {
         figa_main,
         _main_files,
         block=lambda profile, cell: (
-            BUDGETS if cell.metric in inputs.BUDGET_COLUMNS or cell.metric.startswith(BENCHMARK) else QUALITY
+            BUDGETS
+            if cell.metric in (*inputs.BUDGET_COLUMNS, "truncated") or cell.metric.startswith(BENCHMARK)
+            else QUALITY
         ),
     ),
     "benchmarks": Table("Tasks of the evaluation harness", benchmarks, _row_file("benchmarks"), core=False),
@@ -515,6 +558,7 @@ TABLES: dict[str, Table] = {
         core=False,
     ),
     "label_noise": _study("label_noise", "Label noise"),
+    "ppo_rates": _study("ppo_rates", "Each PPO with its own learning rate"),
     "judges": Table(
         "Judges beside each other",
         judges,
@@ -566,6 +610,8 @@ def build_table(profile: Profile, name: str) -> list[Path]:
         if table == name
     ]
     notes += spec.notes(profile)
+    if any(cell.metric.partition(":")[0] == "win_rate" for cell in cells):
+        notes.append(f"Measured with: {measured(profile)}. {report_config(profile).budget_note}")
     write_text(tex_path, blocks_to_tex(name, blocks(profile, name, cells), labeller(profile, name), notes))
     return [csv_path, tex_path]
 

@@ -31,9 +31,18 @@ LEVELS = {"rm_preference": "sequence", "rm_edit": "sequence", "rm_token": "token
 def sequence_rewards(model: Any, rollout: Rollout) -> Tensor:
     """Scores of a sequence-classification model, read at the last real token: (B,)."""
     mask = rollout.attention_mask.long()
-    # transformers pools at the last token that is not the pad token, so ids outside the mask must be the pad token.
-    ids = torch.where(mask.bool(), rollout.input_ids, model.config.pad_token_id)
-    return model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[:, 0].float()
+    width, pad = mask.shape[1], model.config.pad_token_id
+    place = (torch.arange(width, device=mask.device) * mask).argmax(1, keepdim=True)
+    # transformers pools at the last token that is not the pad token, so ids outside the mask must be the pad token, and
+    # another one must take its part where a policy has sampled it last.
+    last = set(rollout.input_ids.gather(1, place).flatten().tolist())
+    filler = pad if pad not in last else next(token for token in range(len(last) + 1) if token not in last)
+    ids = torch.where(mask.bool(), rollout.input_ids, filler)
+    model.config.pad_token_id = filler
+    try:
+        return model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[:, 0].float()
+    finally:
+        model.config.pad_token_id = pad
 
 
 def token_rewards(model: Any, rollout: Rollout, discrete: bool = False) -> Tensor:
@@ -50,10 +59,20 @@ def reward_function(model: Any, level: str, discrete: bool = False) -> RewardFun
     likeliest class.
 
     Raises:
-        ConfigError: the level is neither ``sequence`` nor ``token``, or ``discrete`` of a model without token classes.
+        ConfigError: the level is neither ``sequence`` nor ``token``; a sequence model with more than one output, or
+            without a pad token; ``discrete`` of a model without token classes.
     """
     if level not in ("sequence", "token"):
         raise ConfigError(f"reward level: expected 'sequence' or 'token', found {level!r}")
+    if level == "sequence" and model.config.num_labels != 1:
+        raise ConfigError(
+            f"reward model: expected one output a sequence (num_labels=1), found {model.config.num_labels}; a "
+            "classifier's outputs are no score: pass a function of your own that says how to read them"
+        )
+    if level == "sequence" and model.config.pad_token_id is None:
+        raise ConfigError(
+            "reward model: expected a pad token in its configuration, found none; set config.pad_token_id"
+        )
     if discrete and (level == "sequence" or model.config.num_labels == 1):
         found = "one score a response" if level == "sequence" else "one output a token"
         raise ConfigError(f"discrete: expected a reward model with classes of tokens, found one with {found}")
@@ -83,20 +102,34 @@ def saved_level(folder: Path) -> str:
     )
 
 
-def load_reward(name: str, folder: Path, device: torch.device | str, discrete: bool = False) -> RewardFunction:
-    """Load a reward model as a reward function; ``discrete`` as in ``reward_function``.
+def load_reward(
+    name: str, folder: Path, device: torch.device | str, discrete: bool = False, summed: bool = False
+) -> RewardFunction:
+    """Load a reward model as a reward function; ``discrete`` as in ``reward_function``. ``summed``: one score a
+    response, the sum of what a token-level model gives its tokens; PPO pays it at the last one, so that nothing says
+    which token earned it.
 
     Raises:
         InputError: no model is there; ``ConfigError``: it is no reward model, or not of the level that ``LEVELS``
-            gives a model of this name.
+            gives a model of this name, or ``summed`` of a sequence-level one.
     """
     from fgalign.core.modeling import load_sequence_reward_model, load_token_reward_model
 
     level = saved_level(folder)
     if level != LEVELS.get(name, level):
         raise ConfigError(f"{folder}: reward model {name}: expected one of level {LEVELS[name]}, found level {level}")
+    if summed and level == "sequence":
+        raise ConfigError(f"summed: expected a token-level reward model, found {name} with one score a response")
     load = load_sequence_reward_model if level == "sequence" else load_token_reward_model
-    return reward_function(load(folder, device), level, discrete)
+    reward = reward_function(load(folder, device), level, discrete)
+    if not summed:
+        return reward
+
+    def score(rollout: Rollout) -> Tensor:
+        return response_scores(reward(rollout), rollout.response_mask)
+
+    score.model = reward.model
+    return score
 
 
 def response_scores(rewards: Tensor, response_mask: Tensor) -> Tensor:

@@ -12,16 +12,17 @@ from transformers import Trainer, TrainingArguments
 
 from fgalign.config import Section
 from fgalign.context import Context
-from fgalign.core.modeling import load_sequence_reward_model, load_token_reward_model
+from fgalign.core.modeling import check_float32, load_sequence_reward_model, load_token_reward_model
 from fgalign.core.schema import LabelledPair
 from fgalign.core.tensor_ops import pad
 from fgalign.core.tokens import encode_prompt, encode_response
-from fgalign.errors import InputError
+from fgalign.errors import ConfigError, InputError
 from fgalign.losses.token_reward import IGNORE, OUTPUTS, TokenLoss, inverse_frequency_weights, token_loss
 from fgalign.training import (
     OptimConfig,
     add_lora,
     check_lengths,
+    check_pair,
     pair_lengths,
     peft_config,
     save_trained,
@@ -90,6 +91,8 @@ class TokenRewardCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate: revised responses first, then initial ones."""
         ids, labels = [], []
+        for example in examples:
+            check_pair(example)
         for side in ("revised", "initial"):
             for example in examples:
                 ids.append([*example["prompt_ids"], *example[f"{side}_ids"]])
@@ -103,12 +106,32 @@ class TokenRewardCollator:
 
 class TokenRewardTrainer(Trainer):
     """Trains a token-classification model on labelled pairs (columns of ``LabelledPair``). It must have as many outputs
-    as ``token_loss_name`` needs (``losses.token_reward.OUTPUTS``); ``class_weights`` (3,): bad, neutral, good."""
+    as ``token_loss_name`` needs (``losses.token_reward.OUTPUTS``); ``class_weights`` (3,): bad, neutral, good. Without
+    a ``data_collator`` it takes ``TokenRewardCollator``.
+
+    Raises:
+        ConfigError: another number of outputs, or weights that are not float32; ``TrainingError``: a pair that
+            ``training.check_pair`` refuses.
+    """
 
     def __init__(
-        self, *args: Any, class_weights: Tensor | None, token_loss_name: TokenLoss = "three_class", **kwargs: Any
+        self,
+        *args: Any,
+        class_weights: Tensor | None = None,
+        token_loss_name: TokenLoss = "three_class",
+        **kwargs: Any,
     ) -> None:
+        if kwargs.get("data_collator") is None and kwargs.get("processing_class") is not None:
+            kwargs["data_collator"] = TokenRewardCollator(kwargs["processing_class"].pad_token_id)
         super().__init__(*args, **kwargs)
+        check_float32(self.model)
+        outputs = self.model.config.num_labels
+        if outputs != OUTPUTS[token_loss_name]:
+            raise ConfigError(
+                f"model: expected {OUTPUTS[token_loss_name]} outputs a token for the loss {token_loss_name}, found "
+                f"{outputs}; load a token-classification model with num_labels={OUTPUTS[token_loss_name]}"
+            )
+        self.args.remove_unused_columns = False  # the collator reads every column
         self.class_weights = class_weights
         self.token_loss_name = token_loss_name
         # Each micro-batch gives a mean, so the parent divides by the accumulation.

@@ -12,6 +12,8 @@ meaning of every field used here:
   higher word F1 with the gold answer in 1,684 of the 2,606 comparisons without a draw (65 %; read the other way
   round, the codes would give 35 %).
 
+The development part (500 questions) is read by default; the training part (2,853) comes with the option ``train_part``.
+
 What becomes what: ``prediction 1`` -> ``corrected-prediction`` is an edit; spans are the truth about its initial side;
 the comparisons are the preferences; the long gold answer is what a judge reads.
 """
@@ -20,16 +22,19 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import os
 import random
 import re
 import urllib.error
 import urllib.request
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from fgalign.config import Section
 from fgalign.core.raw_data import RawData, RawSplit, Truth
@@ -46,20 +51,25 @@ from fgalign.core.schema import (
     Text,
 )
 from fgalign.errors import ConfigError, InputError, RecordError
-from fgalign.io import atomic_file, check_sha256, read_json
+from fgalign.io import atomic_file, check_sha256, read_json, sha256
+from fgalign.sources.hub import report
 
 FOLDER_VARIABLE = "FGALIGN_QA_FEEDBACK"
 DOWNLOADS = Path("data") / "downloads" / "qa_feedback"
 COMPARISONS = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4))
 
+_PUBLISHED = (
+    "https://raw.githubusercontent.com/allenai/FineGrainedRLHF/5ffbe54b8d4d37ef002681849791594bcc9f1e3f/"
+    "tasks/qa_feedback/data/"
+)
 _DEV_FILE = {
     "name": "dev_feedback.json",
     "sha256": "f394289ecfdc5a2d1663170254b92d75ad3c53ba36df9f627c70d4c6fc4f3291",
-    "url": (
-        "https://raw.githubusercontent.com/allenai/FineGrainedRLHF/5ffbe54b8d4d37ef002681849791594bcc9f1e3f/"
-        "tasks/qa_feedback/data/dev_feedback.json"
-    ),
+    "url": f"{_PUBLISHED}dev_feedback.json",
 }
+_TRAIN_NAME = "train_feedback.json"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -69,7 +79,7 @@ class QAFile(Section):
     """One published file: its name, the SHA-256 of its bytes, and where it can be fetched."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+\.json$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     url: str
 
     @property
@@ -78,10 +88,19 @@ class QAFile(Section):
         return self.name.removesuffix(".json").removesuffix("_feedback")
 
 
-class Questions(Section):
-    """How many questions each split gets; questions beyond the sum are left out."""
+class TrainPart(QAFile):
+    """The published training part (2,853 questions). Its SHA-256 is not known to this project, which never had the
+    file: null takes what is there, or what is fetched, and prints its SHA-256, to be given here from then on."""
 
-    train: Annotated[int, Field(ge=1)] = 300
+    name: Annotated[str, Field(pattern=r"^[\w.-]+\.json$")] = _TRAIN_NAME
+    sha256: Sha256 | None = None
+    url: str = f"{_PUBLISHED}{_TRAIN_NAME}"
+
+
+class Questions(Section):
+    """How many questions each split gets; questions beyond the sum are left out. ``train`` null: all that are left."""
+
+    train: Annotated[int, Field(ge=1)] | None = 300
     validation: Annotated[int, Field(ge=1)] = 100
     test: Annotated[int, Field(ge=1)] = 100
 
@@ -91,6 +110,10 @@ class QAFeedbackConfig(Section):
 
     ``folder`` holds the published files: absolute, or relative to the repository's root; null fetches them into
     ``data/downloads/qa_feedback``. The environment variable ``FGALIGN_QA_FEEDBACK`` overrides it.
+
+    ``train_part`` has the training split come from a file of its own, and validation and test from ``files`` alone.
+    Questions that are in ``files`` too, or have a passage of an article in ``files``, are left out of training, whether
+    or not a split holds those of ``files``; the stage prints how many. ``{}`` takes the published training part.
 
     ``prompt_words`` limits a prompt in words (split at white space), question and titles included. It counts words
     because a source knows no tokenizer; English text has roughly 1.3 to 1.5 tokens a word, so leave room for that.
@@ -103,6 +126,7 @@ class QAFeedbackConfig(Section):
 
     folder: str | None = None
     files: Annotated[list[QAFile], Field(min_length=1)] = Field(default_factory=lambda: [QAFile(**_DEV_FILE)])
+    train_part: TrainPart | None = None
     questions: Questions = Field(default_factory=Questions)
     seed: int = 0
     prompt_words: Annotated[int, Field(ge=1)] = 300
@@ -115,6 +139,12 @@ class QAFeedbackConfig(Section):
         if len(set(prefixes)) != len(prefixes):
             raise ValueError(f"ids start with {', '.join(prefixes)}: two files would share ids; give them other names")
         return files
+
+    @field_validator("train_part")
+    @classmethod
+    def _distinct_from_files(cls, part: TrainPart | None, info: ValidationInfo) -> TrainPart | None:
+        cls._distinct([*info.data.get("files", []), *([part] if part else [])])
+        return part
 
 
 # --- the published format ---------------------------------------------------------------------------------------------
@@ -240,7 +270,8 @@ def read_qa_file(path: Path, prefix: str) -> list[_Question]:
 def locate(file: QAFile, config: QAFeedbackConfig, root: Path) -> Path:
     """Path of a published file whose checksum is right, fetched first if no folder is named.
 
-    A folder that somebody named (environment variable, or ``folder``) must hold the file: nothing is fetched then.
+    A folder that somebody named (environment variable, or ``folder``) must hold the file: nothing is fetched then. A
+    checksum that is not given is printed instead of checked.
 
     Raises:
         InputError: the file is not in the named folder, cannot be fetched, or has another checksum.
@@ -254,20 +285,24 @@ def locate(file: QAFile, config: QAFeedbackConfig, root: Path) -> Path:
                 f"{path}: no such file, although {origin} names its folder; "
                 f"put {file.url} there, or unset {origin} to have it fetched"
             )
+    else:
+        path = root / DOWNLOADS / file.name
+        if not path.exists():
+            fetch(file, path)
+    if file.sha256 is None:
+        print(f"{path}: not checked, no sha256 was given; to pin this file: source.train_part.sha256: {sha256(path)}")
+    else:
         check_sha256(path, file.sha256)
-        return path
-    path = root / DOWNLOADS / file.name
-    if not path.exists():
-        fetch(file, path)
-    check_sha256(path, file.sha256)
     return path
 
 
 def fetch(file: QAFile, path: Path, timeout: float = 60.0) -> None:
-    """Fetch a file to ``path``; it appears there complete and with the right checksum, or not at all.
+    """Fetch a file to ``path``; it appears there complete and with the right checksum, or not at all (without a
+    checksum: complete and JSON).
 
     Raises:
-        InputError: it cannot be reached (the message says what to put where), or its checksum is another one.
+        InputError: it cannot be reached (the message says what to put where), its checksum is another one, or it is not
+            JSON.
     """
     try:
         with urllib.request.urlopen(file.url, timeout=timeout) as response:
@@ -278,13 +313,24 @@ def fetch(file: QAFile, path: Path, timeout: float = 60.0) -> None:
             f"{path}, or set {FOLDER_VARIABLE} to a folder that holds {file.name}"
         ) from None
     found = hashlib.sha256(content).hexdigest()
-    if found != file.sha256:
+    if file.sha256 is None:
+        try:
+            json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file.url}: expected JSON, found another content ({error}); nothing saved") from None
+    elif found != file.sha256:
         raise InputError(f"{file.url}: checksum mismatch: expected sha256 {file.sha256}, found {found}; nothing saved")
     with atomic_file(path, "wb") as target:
         target.write(content)
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def _keys(question: _Question) -> list[tuple[str, str]]:
+    """What no two splits may share: the question, but for case and punctuation, and the articles of its passages."""
+    text = " ".join(re.findall(r"\w+", question.record.question.casefold()))
+    return [("question", text), *(("article", passage[0].strip()) for passage in question.record.passages)]
 
 
 def _groups(questions: list[_Question]) -> list[list[_Question]]:
@@ -298,9 +344,7 @@ def _groups(questions: list[_Question]) -> list[list[_Question]]:
 
     first_with: dict[tuple[str, str], int] = {}
     for index, question in enumerate(questions):
-        keys = [("question", " ".join(re.findall(r"\w+", question.record.question.casefold())))]
-        keys += [("article", passage[0].strip()) for passage in question.record.passages]
-        for key in keys:
+        for key in _keys(question):
             parent[find(index)] = find(first_with.setdefault(key, index))
     groups: dict[int, list[_Question]] = {}
     for index, question in enumerate(questions):
@@ -308,7 +352,9 @@ def _groups(questions: list[_Question]) -> list[list[_Question]]:
     return list(groups.values())
 
 
-def split_questions(questions: list[_Question], counts: Questions, seed: int) -> dict[Split, list[_Question]]:
+def split_questions(
+    questions: list[_Question], counts: Questions, seed: int, splits: Sequence[Split] = SPLITS
+) -> dict[Split, list[_Question]]:
     """Draw the splits at random, each of exactly the wanted size, its questions in the order of the file.
 
     Questions that are the same but for case and punctuation, or whose passages come from the same article, always
@@ -318,7 +364,9 @@ def split_questions(questions: list[_Question], counts: Questions, seed: int) ->
     Raises:
         ConfigError: there are too few questions, or the groups do not fit the sizes.
     """
-    wanted = {split: getattr(counts, split) for split in SPLITS}
+    wanted = {split: getattr(counts, split) for split in splits}
+    if wanted.get("train", 0) is None:
+        wanted["train"] = max(1, len(questions) - sum(filter(None, wanted.values())))
     total = sum(wanted.values())
     if total > len(questions):
         raise ConfigError(
@@ -342,7 +390,39 @@ def split_questions(questions: list[_Question], counts: Questions, seed: int) ->
         chosen = generator.choices(open_to, weights=[room[name] for name in open_to])[0]
         room[chosen] -= len(group)
         home.update((question.id, chosen) for question in group)
-    return {split: [question for question in questions if home[question.id] == split] for split in SPLITS}
+    return {split: [question for question in questions if home[question.id] == split] for split in splits}
+
+
+def training_questions(
+    questions: list[_Question], others: list[_Question], count: int | None, seed: int
+) -> tuple[list[_Question], Counter[str]]:
+    """``count`` questions of the training part drawn at random (null: all) in their order, and, by reason, how many are
+    left out: those that are among ``others``, those with a passage of an article of theirs, those beyond ``count``.
+
+    Raises:
+        ConfigError: fewer are left than wanted, or none.
+    """
+    taken = {key for question in others for key in _keys(question)}
+    left: list[_Question] = []
+    dropped: Counter[str] = Counter()
+    for question in questions:
+        shared = {kind for kind, _ in taken.intersection(_keys(question))}
+        if "question" in shared:
+            dropped["with a question of source.files"] += 1
+        elif shared:
+            dropped["with an article of source.files"] += 1
+        else:
+            left.append(question)
+    wanted = max(1, len(left)) if count is None else count
+    if wanted > len(left):
+        raise ConfigError(
+            f"source.questions.train: expected at most {len(left)} questions, those of source.train_part that share no "
+            f"question and no article with source.files, found {wanted}; lower it, or null for all of them"
+        )
+    if wanted < len(left):
+        dropped["beyond source.questions.train"] = len(left) - wanted
+        left = [left[index] for index in sorted(random.Random(seed).sample(range(len(left)), wanted))]
+    return left, dropped
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -461,8 +541,17 @@ def build(config: QAFeedbackConfig, root: Path) -> RawData:
     questions = [
         question for file in config.files for question in read_qa_file(locate(file, config, root), file.prefix)
     ]
+    if config.train_part is None:
+        splits = split_questions(questions, config.questions, config.seed)
+    else:
+        part = config.train_part
+        published = read_qa_file(locate(part, config, root), part.prefix)
+        training, dropped = training_questions(published, questions, config.questions.train, config.seed)
+        report(part.name, len(published), dropped)
+        splits = {"train": training}
+        splits |= split_questions(questions, config.questions, config.seed, ("validation", "test"))
     data = RawData(splits={}, truth={})
-    for split, members in split_questions(questions, config.questions, config.seed).items():
+    for split, members in splits.items():
         prompts = {question.id: make_prompt(question, config.prompt_words) for question in members}
         corrections = {question.id: correction(question, prompts[question.id]) for question in members}
         raw, truth = RawSplit(), Truth()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fgalign.config import Profile
 from fgalign.core.schema import CurveSample, Edit, Sample, read_records
-from fgalign.errors import InputError
+from fgalign.errors import ConfigError, InputError
 from fgalign.evaluation.config import EvaluationConfig
 from fgalign.evaluation.truth import initial_marks, read_truth, split_references
 from fgalign.io import read_json, write_csv, write_json
@@ -24,6 +24,12 @@ def run_judge(profile: Profile, method: str) -> None:
 
     config = profile.section("evaluation", EvaluationConfig)
     judge = profile_judge(profile, config.judge, config.judge_options)
+    title = profile.params.get("report", {}).get("judge_title", judge.title)
+    if title != judge.title:
+        raise ConfigError(
+            f"{profile.file}: report.judge_title: expected {judge.title!r}, what the judge {config.judge!r} is called "
+            f"in captions, found {title!r}"
+        )
     references = {record.id: record for record in read_truth(profile.data / "gold" / "test").references}
     samples = read_records(profile.data / "samples" / f"{method}.jsonl", Sample)
     rows = judged_rows(samples, references, judge)
@@ -104,6 +110,42 @@ def run_label_quality(profile: Profile) -> None:
     with track(profile, "label_quality", None, {}) as run:
         run.log({key: value for key, value in quality.items() if isinstance(value, float)})
     write_json(profile.results / "metrics" / "label_quality.json", quality)
+
+
+def run_text_quality(profile: Profile) -> None:
+    """text_quality: the judge's score of every text that methods learn from or are compared with; ``text_quality.csv``.
+    ``better`` is 1 where it likes a chosen response better than the rejected one, or a revised response better than the
+    initial one, 0.5 where it likes both alike, and empty elsewhere. For judges that score a text by itself."""
+    from fgalign.core.raw_data import read_split
+    from fgalign.evaluation.judges import outcome
+    from fgalign.evaluation.judging import profile_judge
+
+    config = profile.section("evaluation", EvaluationConfig)
+    score = profile_judge(profile, config.judge, config.judge_options).score
+    if score is None:
+        raise ConfigError(f"{profile.file}: evaluation.judge: expected one that scores texts, found {config.judge!r}")
+    rows = []
+
+    def note(split: str, text: str, key: str, value: float, other: float | None = None) -> None:
+        better = "" if other is None else outcome(value, other)
+        rows.append({"split": split, "text": text, "id": key, "score": round(value, 6), "better": better})
+
+    for split in ("train", "test"):
+        data = read_split(profile.data / "raw" / split)
+        for kind, records in (("demonstration", data.demonstrations), ("expert", data.references)):
+            for record in records:
+                note(split, kind, record.id, score(record.prompt, record.completion, None))
+        edits = read_records(profile.data / "edits" / f"{split}.jsonl", Edit)
+        for names, records in ((("chosen", "rejected"), data.preferences), (("revised", "initial"), edits)):
+            for record in records:
+                better, worse = (score(record.prompt, getattr(record, name), None) for name in names)
+                note(split, names[0], record.id, better, worse)
+                note(split, names[1], record.id, worse)
+    for record in split_references(profile, "test"):
+        note("test", "reference", record.id, score(record.prompt, record.reference, record.gold))
+    with track(profile, "text_quality", None, {"judge": config.judge}) as run:
+        run.log({"texts": len(rows)})
+    write_csv(profile.results / "metrics" / "text_quality.csv", rows)
 
 
 def run_samples(profile: Profile, methods: Sequence[str]) -> None:

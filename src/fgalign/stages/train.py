@@ -7,18 +7,27 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from fgalign.config import Profile, Section, parse_section
 from fgalign.context import Context
-from fgalign.core.modeling import RuntimeConfig, release_memory, seed_everything, seed_workers, set_up, use_bf16
+from fgalign.core.modeling import (
+    RuntimeConfig,
+    check_positions,
+    release_memory,
+    seed_everything,
+    seed_workers,
+    set_up,
+    use_bf16,
+)
 from fgalign.core.raw_data import read_split
 from fgalign.errors import ConfigError
 from fgalign.io import write_json
-from fgalign.methods import get_method
+from fgalign.methods import METHODS, get_method
 from fgalign.parallel import each_seed, is_main_process, output_dir
 from fgalign.tracking import track
 from fgalign.unfinished import stage_seeds
+
+MODELS = ("base", "sft", "rm_preference", "rm_edit", "rm_token")
+"""Models that every profile has, whose folders no other may take."""
 
 
 def train_seeds(profile: Profile, stage: str, config: Section, train: Callable[[Context], None]) -> None:
@@ -28,6 +37,7 @@ def train_seeds(profile: Profile, stage: str, config: Section, train: Callable[[
     together, one after the other."""
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
+    check_positions(profile.model_folder("base"), getattr(config, "max_length", None), f"{profile.file}: {stage}")
     with stage_seeds(profile, stage, str(device)) as seeds:
 
         def one(seed: int) -> None:
@@ -115,7 +125,7 @@ def reward_config(profile: Profile, name: str) -> Section:
     others = profile.params.get("token_models") or {}
     if name not in {**kinds, **others}:
         raise ConfigError(f"reward model: expected one of {', '.join({**kinds, **others})}, found {name!r}")
-    taken = {"base", "sft", *kinds, *profile.params.get("methods", {})} & set(others)
+    taken = {*MODELS, *profile.params.get("methods", {})} & set(others)
     if taken:
         raise ConfigError(f"{profile.file}: token_models: {min(taken)!r} names another model; choose another name")
     if name not in others:
@@ -167,6 +177,11 @@ def method_config(profile: Profile, name: str, changes: Mapping[str, Any] | None
     methods = profile.params.get("methods", {})
     if name not in methods:
         raise ConfigError(f"{profile.file}: methods: unknown method {name!r}; expected one of {', '.join(methods)}")
+    if name in MODELS:
+        raise ConfigError(f"{profile.file}: methods: {name!r} names another model; choose another name")
+    kind = methods[name].get("kind")
+    if kind not in METHODS:
+        raise ConfigError(f"{profile.file}: methods.{name}.kind: expected one of {', '.join(METHODS)}, found {kind!r}")
     section = copy.deepcopy({key: value for key, value in methods[name].items() if key not in ("title", "search")})
     for key, value in (changes or {}).items():
         *parents, last = key.split(".")
@@ -174,7 +189,7 @@ def method_config(profile: Profile, name: str, changes: Mapping[str, Any] | None
         for parent in parents:
             inner = inner.setdefault(parent, {}) if isinstance(inner, dict) else {}
         inner[last] = value
-    module = get_method(TypeAdapter(str).validate_python(section.get("kind", "")))
+    module = get_method(kind)
     if section.get("needs") == "sft" and "needs" not in module.Config.model_fields:
         del section["needs"]
     return module, parse_section(section, module.Config, f"{profile.file}: methods.{name}")
