@@ -8,7 +8,9 @@ from functools import partial
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from fgalign.core.modeling import load_causal_lm
 from fgalign.core.rollout import Rollout, response_logps
@@ -686,6 +688,36 @@ def test_compiled_for_real(make_trainer, make_model):
     chunk = torch.arange(len(fixed_rollout().truncated))
     expected = plain.minibatch_step(experience, chunk)
     assert fast.minibatch_step(experience, chunk) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_compiled_positions_are_computed_once_a_pass(make_trainer, make_model):
+    counted = {}
+
+    def count_in(name):
+        def compiler(graph, _):
+            targets = [node.target for node in graph.graph.nodes]
+            counted[name] = targets.count(torch.ops.aten.cos.default)
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    backend = aot_autograd(
+        fw_compiler=count_in("forward"),
+        bw_compiler=count_in("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    plain, hooked = make_model(0), make_model(0)
+    make_trainer(model=hooked, compile=True)
+    ids = torch.tensor([[2, 3, 4, 5]])
+    found = {}
+    for name, model in {"plain": plain, "hooked": hooked}.items():
+        torch._dynamo.reset()  # after eight models torch would run the next one without compiling
+        logits = torch.compile(model, backend=backend)(input_ids=ids, use_cache=False).logits
+        logits.sum().backward()
+        found[name] = (logits.detach(), dict(counted))
+    assert torch.equal(found["plain"][0], found["hooked"][0])
+    assert found["hooked"][1] == {"forward": 1, "backward": 0}
+    assert found["plain"][1]["backward"] > 0  # what the hook is for
 
 
 def test_a_reward_model_is_compiled_too(make_trainer, make_model):

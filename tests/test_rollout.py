@@ -12,6 +12,7 @@ from torch import tensor
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig
 
 from fgalign.core.kv_cache import GrowingCache
+from fgalign.core.modeling import attend_in_float32
 from fgalign.core.rollout import (
     CompiledDecoder,
     Decoder,
@@ -213,18 +214,23 @@ def test_compiled_decoder_draws_the_same(make_model, monkeypatch, temperature):
 
 
 @pytest.mark.parametrize("kind", [Decoder, CompiledDecoder])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_the_cache_holds_keys_in_the_type_of_the_values(make_model, monkeypatch, kind, bf16):
+@pytest.mark.parametrize(
+    ("bf16", "float32_attention", "expected"),
+    [(False, False, torch.float32), (True, False, torch.bfloat16), (True, True, torch.float32)],
+)
+def test_the_cache_holds_keys_and_values_in_one_type(make_model, monkeypatch, kind, bf16, float32_attention, expected):
     # Under autocast the rotary embedding makes float32 of the keys, which a cache of fixed size cannot hold beside the
     # values.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model = make_model()
+    if float32_attention:
+        attend_in_float32(model)
     decoder = kind(model)
     uniform = uniforms(5, 3, torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         sample(model, PROMPTS, uniform, 1.0, decoder)
     types = {part.dtype for layer in decoder.cache.layers for part in (layer.keys, layer.values)}
-    assert types == {torch.bfloat16 if bf16 else torch.float32}
+    assert types == {expected}
 
 
 def test_the_cache_grows_in_place(make_model):

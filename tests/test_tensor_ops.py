@@ -163,6 +163,14 @@ def test_token_logps_is_bit_by_bit_what_autograd_gives(dtype):
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
+def test_gradient_of_token_logps_when_compiled():
+    # As above, times 2, -3 and 0; written for the compiler otherwise than for autograd.
+    logits = tensor([[0.0, math.log(3)]] * 3, requires_grad=True)
+    compiled = torch.compile(token_logps, backend="aot_eager")
+    (tensor([2.0, -3.0, 0.0]) * compiled(logits, tensor([0, 1, 0]))).sum().backward()
+    close(logits.grad, [[1.5, -1.5], [0.75, -0.75], [0.0, 0.0]])
+
+
 def test_tempered():
     logits = tensor([[1.0, 3.0]])
     close(tempered(logits, 0.5), [[2.0, 6.0]])

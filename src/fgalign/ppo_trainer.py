@@ -47,6 +47,7 @@ from fgalign.core.modeling import (
     check_compiler,
     check_float32,
     check_kept,
+    compute_positions_once,
     float32_head,
     full_state,
     is_sharded,
@@ -501,6 +502,9 @@ class FineGrainedPPOTrainer:
             raise ConfigError(f"compile: expected false on {processes} processes, found true")
         if args.compile:
             check_compiler(self.accelerator.device)
+        if args.compile and self.accelerator.device.type == "cpu":
+            for each in (model, ref_model, value_model, getattr(reward, "model", None)):
+                compute_positions_once(each)
         self._engine_name = choose_engine(args.rollout_engine, own=args.use_cpu or peft_config is not None)
         if args.reuse_sampling and (processes > 1 or self._engine_name != "transformers"):
             raise ConfigError("reuse_sampling: expected one process and rollout_engine 'transformers'")

@@ -292,6 +292,29 @@ def compile_layers(model: Any) -> None:
             module.compile(dynamic=True)
 
 
+@torch.library.custom_op("fgalign::computed", mutates_args=())
+def _computed(table: Tensor) -> Tensor:
+    return table.clone()
+
+
+@_computed.register_fake
+def _(table: Tensor) -> Tensor:
+    return torch.empty_like(table)
+
+
+def compute_positions_once(model: Any) -> None:
+    """Have a model that torch.compile takes as a whole compute the cosines and sines of its rotary positions once a
+    pass on the CPU: torch would put them into each loop that reads them, forwards and backwards, a tenth of a small
+    model's update. Nothing changes of None, and of a model without such positions."""
+
+    def computed(_: nn.Module, __: Any, tables: Any) -> Any:
+        return tuple(map(_computed, tables)) if isinstance(tables, tuple) else tables
+
+    for module in [] if model is None else model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.register_forward_hook(computed)
+
+
 def check_compiler(device: torch.device) -> None:
     """Raise ConfigError where torch.compile cannot work: on the CPU it needs a C++ compiler."""
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
@@ -312,6 +335,11 @@ def attend_in_float32(model: Any) -> None:
     ALL_ATTENTION_FUNCTIONS.register(_FLOAT32_ATTENTION, _float32_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_FLOAT32_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation(_FLOAT32_ATTENTION)
+
+
+def attends_in_float32(config: Any) -> bool:
+    """Whether a model with this configuration went through ``attend_in_float32``."""
+    return getattr(config, "_attn_implementation", None) == _FLOAT32_ATTENTION
 
 
 def _float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:

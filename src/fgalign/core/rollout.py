@@ -107,7 +107,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor
     """
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    cumulative = tempered(logits.double(), temperature).softmax(-1).cumsum(-1)
     threshold = uniform.to(cumulative.device).unsqueeze(-1) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     return drawn.clamp(max=logits.shape[-1] - 1)

@@ -108,6 +108,12 @@ class _TokenLogps(torch.autograd.Function):
         """gradient * (one at the id - softmax)."""
         logits, ids, total = ctx.saved_tensors
         gradient = gradient.unsqueeze(-1)
+        if torch.compiler.is_compiling():
+            # One loop from logits to gradient, which scattering would end. With the gradient in the exponent, torch
+            # cannot compute the exponentials in the forward pass and keep them, as it did.
+            probabilities = (logits - (total - gradient.abs().log())).exp() * gradient.sign()
+            at_id = torch.arange(logits.shape[-1], dtype=torch.int32, device=ids.device) == ids.int()
+            return torch.where(at_id, gradient, 0.0) - probabilities, None
         probabilities = (logits - total).exp_()
         return probabilities.mul_(-gradient).scatter_add_(-1, ids, gradient), None
 
