@@ -49,6 +49,7 @@ from fgalign.core.modeling import (
     check_kept,
     compute_positions_once,
     float32_head,
+    freeze_in_bf16,
     full_state,
     is_sharded,
     leave_out_cudnn_attention,
@@ -180,7 +181,7 @@ class FineGrainedPPOConfig:
     missing_eos_penalty: float = 1.0
     gradient_checkpointing: bool = False
     bf16: bool = False
-    """Compute in bf16 through accelerate's mixed precision; weights stay in float32."""
+    """Compute in bf16 through accelerate's mixed precision; weights that are trained stay in float32."""
     use_cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
     compile: bool = False
@@ -471,6 +472,8 @@ class FineGrainedPPOTrainer:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
+            if args.bf16:
+                freeze_in_bf16(model)
         for each in filter(None, (model, value_model)):
             check_float32(each)
             if args.gradient_checkpointing:

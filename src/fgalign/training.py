@@ -15,6 +15,7 @@ from fgalign.config import Section
 from fgalign.core.modeling import (
     attend_in_float32,
     compile_layers,
+    freeze_in_bf16,
     full_state,
     is_sharded,
     reduce_in_float32,
@@ -223,6 +224,8 @@ def train(trainer: Trainer, run: Run, title: str, optim: OptimConfig) -> dict[st
     if optim.sampling == "group_by_length" and not {"input_ids", length} & set(rows.column_names):
         # The sampler of transformers knows by itself how long ``input_ids`` are, and nothing else.
         trainer.train_dataset = rows.add_column(length, [row_length(row) for row in rows])
+    if trainer.args.bf16:
+        freeze_in_bf16(trainer.model)
     if trainer.args.bf16 and trainer.args.device.type == "cpu":
         for model in (trainer.model, getattr(trainer, "ref_model", None)):
             attend_in_float32(model)

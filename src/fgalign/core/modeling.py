@@ -31,14 +31,15 @@ _HEADS = ("score", "classifier")
 class RuntimeConfig(Section):
     """Where and how models run.
 
-    ``device`` auto takes the GPU when there is one. ``dtype`` auto is bf16 on a GPU and fp32 on the CPU. ``threads``
-    is the number of CPU threads (None: torch's choice); fixing it keeps sums in the same order on every machine.
+    ``device`` auto takes the GPU when there is one. ``dtype`` auto is bf16 on a GPU and fp32 on the CPU;
+    matrix_units is bf16 on a CPU too, if it multiplies bf16 in matrix units (Intel's AMX). ``threads`` is the number of
+    CPU threads (None: torch's choice); fixing it keeps sums in the same order on every machine.
     ``workers`` is how many seeds run side by side (None: as many as there are cores for, and one on a GPU); results do
     not depend on it.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "matrix_units", "fp32", "bf16"] = "auto"
     threads: int | None = None
     workers: int | None = None
 
@@ -107,7 +108,9 @@ def keep_freed_memory() -> bool:
 
 def use_bf16(config: RuntimeConfig, device: torch.device) -> bool:
     """Whether models compute in bf16 (weights under training stay in fp32)."""
-    return config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
+    # torch before 2.12 may not say what the processor can do.
+    units = config.dtype == "matrix_units" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return config.dtype == "bf16" or (config.dtype != "fp32" and (device.type == "cuda" or units))
 
 
 def seed_workers(config: RuntimeConfig, device: torch.device) -> int:
@@ -352,6 +355,25 @@ def _float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Ten
     return output.to(query.dtype), weights
 
 
+def freeze_in_bf16(model: Any) -> None:
+    """Hold in bf16 what an adapter leaves untrained, in place; nothing changes of a model without an adapter of peft's.
+
+    For training under bf16 autocast, which would turn every such weight into bf16 again in each pass, so at each token
+    of a sampled response too (torch keeps its copies only of weights that are trained), and whose activations float32
+    norms would turn back. Weights that the family wants in float32 whatever the rest has
+    (``_keep_in_fp32_modules_strict``) stay so."""
+    if not hasattr(model, "get_base_model"):
+        return
+    kept = getattr(model.get_base_model(), "_keep_in_fp32_modules_strict", None) or ()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.dtype == torch.float32 and not any(each in name for each in kept):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    for module in model.modules():
+        # Autocast does it, and without a way through float32.
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+
+
 def check_float32(model: nn.Module) -> None:
     """Raise ConfigError where a parameter that is trained is not float32: smaller types round small steps away, and
     ``bf16`` computes in bf16 with float32 weights all the same."""
@@ -395,7 +417,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] |
     """
     if state is None and hasattr(model, "merge_and_unload"):
         # Merging takes the adapter out of the model, and taking it back out of the weights would leave rounding there.
-        model = copy.deepcopy(model).merge_and_unload()
+        # In float32, because in bf16 (``freeze_in_bf16``) the weights would swallow small changes.
+        model = copy.deepcopy(model).float().merge_and_unload()
     model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     tokenizer.save_pretrained(folder)
 
