@@ -14,7 +14,7 @@ from torch import tensor
 from fgalign import training
 from fgalign.config import ConfigError, Profile, Section, parse_section
 from fgalign.context import Context
-from fgalign.core.modeling import RuntimeConfig, load_causal_lm, save_model, set_up
+from fgalign.core.modeling import RuntimeConfig, freeze_in_bf16, load_causal_lm, save_model, set_up, use_bf16
 from fgalign.core.raw_data import RawData, RawSplit, Truth, write_raw
 from fgalign.core.schema import SPLITS, Demonstration, Edit, Preference, Prompt, write_records
 from fgalign.core.tokens import encode_prompt, encode_response
@@ -470,6 +470,82 @@ def test_lora(kind, context):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("_proj" in name for name in moved)
     assert not list(context.out.glob("adapter*"))
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_lora_in_bf16_adds_to_frozen_weights_in_bf16(kind, context):
+    context.runtime = RuntimeConfig(device="cpu", threads=1, dtype="bf16")
+    optim = {**OPTIM, "max_steps": 2, "lora": {"r": 2, "alpha": 4}}
+    get_method(kind).run(context, config(kind, **RUNS[kind], optim=optim))
+    before, after = load_causal_lm(context.model("sft")).state_dict(), load_causal_lm(context.out).state_dict()
+    for name, value in after.items():
+        if "_proj" not in name:
+            assert torch.equal(value, before[name].bfloat16().float())
+    moved = [name for name, value in after.items() if not torch.equal(value, value.bfloat16().float())]
+    assert moved and all("_proj" in name for name in moved)
+
+
+def test_freezing_in_bf16_by_hand():
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    class Net(nn.Module):
+        _keep_in_fp32_modules_strict = ("gate",)
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.gate = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+            for linear in (self.layer, self.gate):
+                nn.init.constant_(linear.weight, 1 + 2**-9)
+
+    net = Net()
+    freeze_in_bf16(net)  # nothing is frozen here
+    assert {weight.dtype for weight in net.parameters()} == {torch.float32}
+    model = get_peft_model(net, LoraConfig(r=1, lora_alpha=1, target_modules=["layer"]))
+    freeze_in_bf16(model)
+    # Next to 1, bf16 has steps of 2^-7.
+    assert model.layer.base_layer.weight.dtype == torch.bfloat16 and float(model.layer.base_layer.weight) == 1
+    assert model.gate.weight.dtype == torch.float32 and float(model.gate.weight) == 1 + 2**-9
+    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
+
+
+def test_an_adapter_over_bf16_runs_with_autocast_and_without(make_model):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make_model(0).eval(), LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+    inputs = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            torch.nn.init.normal_(module.weight)
+            module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].dtype))
+        if name.endswith("lora_B.default"):
+            torch.nn.init.normal_(module.weight, std=0.1)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(input_ids=ids).logits
+    freeze_in_bf16(model)
+    freeze_in_bf16(model)  # once more changes nothing
+    for autocast, kind in ((True, torch.bfloat16), (False, torch.float32)):
+        inputs.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(input_ids=ids).logits
+        assert set(inputs) == {kind}
+        torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "units", "expected"),
+    [
+        ("auto", "cpu", True, False), ("auto", "cuda", False, True), ("fp32", "cuda", True, False),
+        ("bf16", "cpu", False, True), ("matrix_units", "cpu", True, True), ("matrix_units", "cpu", False, False),
+        ("matrix_units", "cpu", None, False), ("matrix_units", "cuda", False, True), ("fp32", "cpu", True, False),
+    ],
+)  # fmt: skip
+def test_where_bf16_is_used(monkeypatch, dtype, device, units, expected):
+    if units is None:  # an older torch cannot say
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units}, raising=False)
+    assert use_bf16(RuntimeConfig(dtype=dtype), torch.device(device)) is expected
 
 
 # --- best of n and expert iteration -----------------------------------------------------------------------------------

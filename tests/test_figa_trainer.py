@@ -340,6 +340,20 @@ def test_same_seed_same_model(make_trainer):
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
+def test_lora_in_bf16_freezes_in_bf16(make_trainer):
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    for config, frozen in (
+        ({"peft_config": adapter, "bf16": True}, torch.bfloat16),
+        ({"peft_config": adapter}, torch.float32),
+    ):
+        trainer = make_trainer(**config)
+        trainer.train()
+        types = {(each.requires_grad, each.dtype) for each in trainer.model.parameters()}
+        assert types == {(True, torch.float32), (False, frozen)}
+
+
 def test_lora(make_trainer, tmp_path, tokenizer):
     from peft import LoraConfig
 

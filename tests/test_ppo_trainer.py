@@ -780,6 +780,49 @@ def test_lora(make_trainer, make_model, tmp_path):
     close(response_logps(load_causal_lm(saved), rollout)[mask].detach(), after)
 
 
+def test_an_adapter_in_bf16_leaves_the_frozen_weights_in_bf16(make_trainer, make_model, tmp_path, any_precision):
+    base = make_model(0)
+    start = {name: value.clone() for name, value in base.state_dict().items()}
+    trainer = make_trainer(count, model=base, ref_model=None, peft_config=lora(), bf16=True, updates=2)
+    types = {(parameter.requires_grad, parameter.dtype) for parameter in trainer.policy.parameters()}
+    assert types == {(True, torch.float32), (False, torch.bfloat16)}
+    trainer.train()
+    trainer.save_model()
+    saved = load_causal_lm(tmp_path / "out").state_dict()
+    assert set(saved) == set(start)
+    for name, value in saved.items():
+        frozen = start[name].bfloat16().float()
+        if "_proj" not in name:
+            assert torch.equal(value, frozen)
+        elif "v_proj" in name:
+            # The adapter's part is added in float32: in bf16 most of it would be gone.
+            assert not torch.equal(value, frozen) and not torch.equal(value, value.bfloat16().float())
+
+
+@pytest.mark.parametrize(("frozen", "expected"), [(False, 14), (True, 0)])
+def test_sampling_with_an_adapter_casts_no_frozen_weight(make_trainer, make_model, monkeypatch, frozen, expected):
+    """Two layers of seven linear ones, whose weights autocast would cast at each token."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    if not frozen:
+        monkeypatch.setattr("fgalign.ppo_trainer.freeze_in_bf16", lambda model: None)
+    trainer = make_trainer(count, model=make_model(0), ref_model=None, peft_config=lora(), bf16=True)
+    weights = {id(each) for each in trainer.policy.parameters() if not each.requires_grad and each.dim() == 2}
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and id(args[0]) in weights:
+                casts.append(args[0])
+            return function(*args, **(kwargs or {}))
+
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), trainer._autocast(), Casts():
+        hidden = trainer.policy.get_base_model().model(input_ids=ids).last_hidden_state
+    assert len(casts) == expected
+    assert hidden.dtype == (torch.bfloat16 if frozen else torch.float32)
+
+
 @pytest.mark.parametrize("options", [{"ref_model": None}, {}, {"advantage": "group", "group_size": 2}])
 def test_an_adapter_goes_on_training_after_the_policy_is_saved(make_trainer, tmp_path, options):
     plain = trained(make_trainer(count, peft_config=lora(), updates=2, **options))

@@ -369,9 +369,22 @@ def freeze_in_bf16(model: Any) -> None:
         if not parameter.requires_grad and parameter.dtype == torch.float32 and not any(each in name for each in kept):
             parameter.data = parameter.data.to(torch.bfloat16)
     for module in model.modules():
-        # Autocast does it, and without a way through float32.
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
+        if hasattr(module, "_cast_input_dtype"):
+            module.__class__ = _left_to_autocast(type(module))
+
+
+@cache
+def _left_to_autocast(kind: type) -> type:
+    """The class ``kind`` of an adapter's layers without peft's own cast of their input where autocast is on, which
+    would undo it: bf16 to float32 and back in each layer."""
+    if getattr(kind, "_leaves_to_autocast", False):
+        return kind
+
+    def _cast_input_dtype(self: Any, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        on = x is not None and torch.is_autocast_enabled(x.device.type)
+        return x if on else kind._cast_input_dtype(self, x, dtype)
+
+    return type(kind.__name__, (kind,), {"_cast_input_dtype": _cast_input_dtype, "_leaves_to_autocast": True})
 
 
 def check_float32(model: nn.Module) -> None:

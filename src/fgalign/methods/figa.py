@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 from fgalign.config import Section
 from fgalign.context import Context
-from fgalign.core.modeling import check_float32, check_kept, load_causal_lm
+from fgalign.core.modeling import check_float32, check_kept, freeze_in_bf16, load_causal_lm
 from fgalign.core.schema import BAD, GOOD, LabelledPair
 from fgalign.core.tensor_ops import pad, token_logps
 from fgalign.core.tokens import encode_response
@@ -178,6 +178,8 @@ class FIGATrainer(Trainer):
             **kwargs,
         )
         check_float32(self.model)
+        if peft_config is not None and args.bf16:
+            freeze_in_bf16(self.model)
         self.label_names = ["weights"]  # so that an evaluation knows that there is a loss
         # The loss is normalised here, over the whole step; the parent must not divide it by the accumulation again
         # (older transformers ask the second attribute).

@@ -11,7 +11,8 @@ import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fgalign.config import Profile, known_profiles, load_profile
@@ -113,6 +114,7 @@ def write_index(root: Path) -> Path:
     Raises:
         InputError: a table is missing in a profile that has others, or no stage writes a metrics file.
     """
+    _last_commit.cache_clear()  # what was committed since the last call counts
     stages = read_stages(root)
     parts = [
         "# Where every number comes from",
@@ -257,15 +259,36 @@ def _belongs(stage: Stage, method: str) -> bool:
 
 def _ancestors(start: list[Stage], stages: list[Stage]) -> list[Stage]:
     """The stages before ``start``, in the order in which a reader follows them back."""
+    before = _before(tuple(stages))
     queue, found = list(start), []
     while queue:
-        stage = queue.pop(0)
-        for other in stages:
-            linked = any(_inside(dep, out) or _inside(out, dep) for dep in stage.deps for out in other.outs)
-            if linked and other not in found and other not in start:
+        for other in before[queue.pop(0)]:
+            if other not in found and other not in start:
                 found.append(other)
                 queue.append(other)
     return found
+
+
+@cache
+def _before(stages: tuple[Stage, ...]) -> dict[Stage, list[Stage]]:
+    """For each stage those that write a file or folder that it depends on, something in it or something around it."""
+    writing: dict[str, set[int]] = {}
+    inside: dict[str, set[int]] = {}
+    for number, stage in enumerate(stages):
+        for out in stage.outs:
+            writing.setdefault(out, set()).add(number)
+            for path in _with_folders(out):
+                inside.setdefault(path, set()).add(number)
+    before = {}
+    for stage in stages:
+        found = {number for dep in stage.deps for number in inside.get(dep, ())}
+        found |= {number for dep in stage.deps for path in _with_folders(dep) for number in writing.get(path, ())}
+        before[stage] = [stages[number] for number in sorted(found)]
+    return before
+
+
+def _with_folders(path: str) -> list[str]:
+    return [path, *map(str, PurePosixPath(path).parents)]
 
 
 def _inside(path: str, folder: str) -> bool:
@@ -274,10 +297,14 @@ def _inside(path: str, folder: str) -> bool:
 
 def _commit(profile: Profile, stages: tuple[Stage, ...]) -> str:
     code = {dep for stage in stages for dep in stage.deps if _inside(dep, "src")}
-    paths = sorted(code | {_relative(profile.file, profile.root)})
+    return _last_commit(profile.root, tuple(sorted(code | {_relative(profile.file, profile.root)})))
+
+
+@cache
+def _last_commit(root: Path, paths: tuple[str, ...]) -> str:
     command = ["git", "log", "-1", "--abbrev=12", "--format=%h", "--", *paths]
     try:
-        result = subprocess.run(command, cwd=profile.root, capture_output=True, text=True, check=True)
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     except FileNotFoundError as error:
         raise FgalignError("the index needs git on the PATH to name commits") from error
     except subprocess.CalledProcessError:
