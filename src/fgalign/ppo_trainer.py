@@ -53,6 +53,7 @@ from fgalign.core.modeling import (
     full_state,
     is_sharded,
     leave_out_cudnn_attention,
+    project_at_once,
     save_model,
 )
 from fgalign.core.rollout import Recorder, Rollout, response_logps, uniforms
@@ -474,6 +475,8 @@ class FineGrainedPPOTrainer:
             model = get_peft_model(model, peft_config)
             if args.bf16:
                 freeze_in_bf16(model)
+        for each in (model, ref_model):
+            project_at_once(each)
         for each in filter(None, (model, value_model)):
             check_float32(each)
             if args.gradient_checkpointing:

@@ -18,6 +18,7 @@ from fgalign.core.modeling import (
     freeze_in_bf16,
     full_state,
     is_sharded,
+    project_at_once,
     reduce_in_float32,
     save_model,
 )
@@ -166,7 +167,9 @@ def add_lora(model: Any, config: Any) -> Any:
         return model
     from peft import get_peft_model
 
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    project_at_once(model)
+    return model
 
 
 def decay(schedule: str, fraction: float) -> float:

@@ -387,6 +387,19 @@ def _left_to_autocast(kind: type) -> type:
     return type(kind.__name__, (kind,), {"_cast_input_dtype": _cast_input_dtype, "_leaves_to_autocast": True})
 
 
+def project_at_once(model: Any) -> None:
+    """Have a causal LM's output layer project all rows of a batch in one matrix product, also where its weights are not
+    trained. There torch gives each row a product of its own if ``logits_to_keep`` left a part of the hidden states, and
+    in bf16 on the CPU each a copy of the weights: 0.9 GB for 16 responses of SmolLM2."""
+    layer = None if model is None else model.get_output_embeddings()
+    if layer is not None and _contiguous not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
+
+
 def check_float32(model: nn.Module) -> None:
     """Raise ConfigError where a parameter that is trained is not float32: smaller types round small steps away, and
     ``bf16`` computes in bf16 with float32 weights all the same."""
