@@ -823,6 +823,31 @@ def test_sampling_with_an_adapter_casts_no_frozen_weight(make_trainer, make_mode
     assert hidden.dtype == (torch.bfloat16 if frozen else torch.float32)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_an_output_layer_that_is_not_trained_makes_one_product(make_trainer, make_model, monkeypatch, at_once):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    if not at_once:  # what torch does by itself: a product a response
+        monkeypatch.setattr("fgalign.ppo_trainer.project_at_once", lambda model: None)
+    reference = make_model(0).requires_grad_(False)
+    trainer = make_trainer(count, ref_model=reference)
+    rollout = fixed_rollout()
+    vocabulary = reference.config.vocab_size
+    shapes = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[1].shape[-1] == vocabulary:
+                shapes.append(tuple(args[0].shape[:-1]))
+            return function(*args, **(kwargs or {}))
+
+    with Products():
+        found = trainer.ref_logps(rollout)
+    # Logits before each of the four tokens, and those after the last, of three responses.
+    assert shapes == ([(15,)] if at_once else [(3, 5)])
+    close(found[rollout.response_mask], response_logps(make_model(0), rollout)[rollout.response_mask].detach())
+
+
 @pytest.mark.parametrize("options", [{"ref_model": None}, {}, {"advantage": "group", "group_size": 2}])
 def test_an_adapter_goes_on_training_after_the_policy_is_saved(make_trainer, tmp_path, options):
     plain = trained(make_trainer(count, peft_config=lora(), updates=2, **options))
