@@ -128,6 +128,40 @@ def test_ppo_runs_and_its_log_probabilities_are_those_of_single_rows(saved, tmp_
     torch.testing.assert_close(response_logps(load_causal_lm(tmp_path / "out").eval(), rollout), trainer.logps(rollout))
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_adapter_is_trained_over_frozen_weights_in_bf16(saved, tmp_path, kind):
+    from peft import LoraConfig
+
+    folder = saved(kind)
+    reward = reward_function(load_token_reward_model(folder, num_labels=3), "token")
+    args = FineGrainedPPOConfig(
+        output_dir=str(tmp_path / "out"), updates=1, rollout_batch_size=4, minibatch_size=4, epochs=1,
+        response_length=5, calibration_prompts=4, use_cpu=True, learning_rate=1e-2, bf16=True,
+    )  # fmt: skip
+    adapter = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    prompts = [[3, 4, 5, 6], [7], [8, 9], [10, 11, 12]]
+    trainer = FineGrainedPPOTrainer(
+        load_causal_lm(folder), None, reward, args, prompts, Tokenizer(), peft_config=adapter
+    )
+    trainer.train()
+    rollout = trainer.sample(prompts)
+    trainer.save_model(tmp_path / "out")
+    plain, merged = (response_logps(load_causal_lm(each).eval(), rollout) for each in (folder, tmp_path / "out"))
+    mask = rollout.response_mask
+    # The reference is the model as it was, up to bf16; the policy is what is saved, and has moved.
+    torch.testing.assert_close(trainer.ref_logps(rollout)[mask], plain[mask], rtol=0.05, atol=0.3)
+    torch.testing.assert_close(trainer.logps(rollout)[mask], merged[mask], rtol=0.05, atol=0.3)
+    assert not torch.equal(plain[mask], merged[mask])
+    figa = FIGATrainer(
+        load_causal_lm(folder),
+        FIGAConfig(output_dir=str(tmp_path / "figa"), report_to="none", use_cpu=True, threshold=None, bf16=True),
+        [PAIR, {**PAIR, "id": "b", "prompt_ids": [9]}],
+        Tokenizer(),
+        peft_config=adapter,
+    )
+    assert figa.train().training_loss > 0
+
+
 PAIR = {
     "id": "a", "prompt_ids": [3, 4], "initial_ids": [5, 6, 7, EOS], "initial_labels": [0, -1, 0, 0],
     "revised_ids": [5, 8, 7, EOS], "revised_labels": [0, 1, 0, 0],
