@@ -26,9 +26,11 @@ def write_hardware(profile: Profile) -> dict[str, Any]:
     """
     import torch
 
+    from fgalign.core.modeling import RuntimeConfig
+
     stages = stage_seconds(timings_file(profile))
     found = {
-        **describe(torch.get_num_threads()),
+        **describe(profile.section("runtime", RuntimeConfig).threads or torch.get_num_threads()),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "minutes": round(sum(stages.values()) / 60, 1),
         "seconds": stages,
