@@ -204,10 +204,11 @@ def test_time_of_stages_is_the_newest_of_each(benchmark_script, tmp_path):
 
 
 def test_hardware_says_what_the_stages_took_and_on_what(tmp_path):
+    from fgalign.config import Profile
     from fgalign.hardware import write_hardware
     from fgalign.io import read_json
 
-    profile = SimpleNamespace(root=tmp_path, name="mini", results=tmp_path / "results")
+    profile = Profile("mini", tmp_path, {"runtime": {"threads": 3}}, tmp_path / "params.yaml")
     with pytest.raises(InputError, match="no timings yet"):
         write_hardware(profile)
     (tmp_path / "timings").mkdir()
@@ -215,7 +216,8 @@ def test_hardware_says_what_the_stages_took_and_on_what(tmp_path):
         '{"stage": "sft", "seconds": 99.0}\n{"stage": "raw", "seconds": 30.0}\n{"stage": "sft", "seconds": 60.0}\n'
     )
     found = write_hardware(profile)
-    assert found == read_json(tmp_path / "results" / "hardware.json")
+    assert found == read_json(profile.results / "hardware.json")
+    assert found["threads"] == 3
     assert (found["minutes"], found["seconds"]) == (1.5, {"raw": 30.0, "sft": 60.0})
     assert found["cores"] >= 1 and 0 < found["memory_gib"] < 10_000 and found["versions"]["torch"]
     machine = {"processor", "family_model", "instructions", "cores", "threads", "memory_gib", "gpu", "system"}
