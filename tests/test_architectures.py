@@ -105,20 +105,28 @@ def test_missing_weights_are_not_drawn_at_random(saved):
         load_causal_lm(folder)
 
 
+PROMPTS = [[3, 4, 5, 6], [7], [8, 9], [10, 11, 12]]
+
+
+def ppo_config(tmp_path, **changes):
+    settings = {
+        "output_dir": str(tmp_path / "out"), "updates": 1, "rollout_batch_size": 4, "minibatch_size": 4, "epochs": 1,
+        "response_length": 5, "calibration_prompts": 4, "use_cpu": True, "learning_rate": 1e-3,
+    }  # fmt: skip
+    return FineGrainedPPOConfig(**{**settings, **changes})
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_ppo_runs_and_its_log_probabilities_are_those_of_single_rows(saved, tmp_path, kind):
     folder = saved(kind)
     reward = reward_function(load_token_reward_model(folder, num_labels=3), "token")
-    args = FineGrainedPPOConfig(
-        output_dir=str(tmp_path / "out"), updates=1, rollout_batch_size=4, minibatch_size=4, epochs=1,
-        response_length=5, calibration_prompts=4, use_cpu=True, learning_rate=1e-3,
-    )  # fmt: skip
-    prompts = [[3, 4, 5, 6], [7], [8, 9], [10, 11, 12]]
-    trainer = FineGrainedPPOTrainer(load_causal_lm(folder), load_causal_lm(folder), reward, args, prompts, Tokenizer())
-    rollout = trainer.sample(prompts)
+    trainer = FineGrainedPPOTrainer(
+        load_causal_lm(folder), load_causal_lm(folder), reward, ppo_config(tmp_path), PROMPTS, Tokenizer()
+    )
+    rollout = trainer.sample(PROMPTS)
     together = trainer.logps(rollout)
     for row, response in enumerate(rollout.response_lists()):
-        alone = trainer.policy(input_ids=tensor([prompts[row] + response])).logits[0, len(prompts[row]) - 1 : -1]
+        alone = trainer.policy(input_ids=tensor([PROMPTS[row] + response])).logits[0, len(PROMPTS[row]) - 1 : -1]
         expected = alone.log_softmax(-1)[range(len(response)), response]
         torch.testing.assert_close(together[row, : len(response)], expected, rtol=0, atol=1e-4)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
@@ -134,24 +142,30 @@ def test_an_adapter_is_trained_over_frozen_weights_in_bf16(saved, tmp_path, kind
 
     folder = saved(kind)
     reward = reward_function(load_token_reward_model(folder, num_labels=3), "token")
-    args = FineGrainedPPOConfig(
-        output_dir=str(tmp_path / "out"), updates=1, rollout_batch_size=4, minibatch_size=4, epochs=1,
-        response_length=5, calibration_prompts=4, use_cpu=True, learning_rate=1e-2, bf16=True,
-    )  # fmt: skip
+    args = ppo_config(tmp_path, learning_rate=5e-2, bf16=True)
     adapter = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    prompts = [[3, 4, 5, 6], [7], [8, 9], [10, 11, 12]]
     trainer = FineGrainedPPOTrainer(
-        load_causal_lm(folder), None, reward, args, prompts, Tokenizer(), peft_config=adapter
+        load_causal_lm(folder), None, reward, args, PROMPTS, Tokenizer(), peft_config=adapter
     )
     trainer.train()
-    rollout = trainer.sample(prompts)
+    rollout = trainer.sample(PROMPTS)
     trainer.save_model(tmp_path / "out")
-    plain, merged = (response_logps(load_causal_lm(each).eval(), rollout) for each in (folder, tmp_path / "out"))
+    start = load_causal_lm(folder).eval()
+    for parameter in start.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    plain, merged = (response_logps(each, rollout) for each in (start, load_causal_lm(tmp_path / "out").eval()))
     mask = rollout.response_mask
-    # The reference is the model as it was, up to bf16; the policy is what is saved, and has moved.
-    torch.testing.assert_close(trainer.ref_logps(rollout)[mask], plain[mask], rtol=0.05, atol=0.3)
-    torch.testing.assert_close(trainer.logps(rollout)[mask], merged[mask], rtol=0.05, atol=0.3)
-    assert not torch.equal(plain[mask], merged[mask])
+    print(
+        "DIFF",
+        kind,
+        float((trainer.ref_logps(rollout) - plain)[mask].abs().max()),
+        float((trainer.logps(rollout) - merged)[mask].abs().max()),
+        float((plain - merged)[mask].abs().max()),
+    )
+    # The reference is the model as it was, the policy what is saved, up to bf16; and the adapter has moved.
+    torch.testing.assert_close(trainer.ref_logps(rollout)[mask], plain[mask], rtol=0, atol=0.03)
+    torch.testing.assert_close(trainer.logps(rollout)[mask], merged[mask], rtol=0, atol=0.03)
+    assert (plain - merged)[mask].abs().max() > 0.06
     figa = FIGATrainer(
         load_causal_lm(folder),
         FIGAConfig(output_dir=str(tmp_path / "figa"), report_to="none", use_cpu=True, threshold=None, bf16=True),

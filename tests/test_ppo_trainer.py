@@ -11,6 +11,7 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fgalign.core.modeling import load_causal_lm
 from fgalign.core.rollout import Rollout, response_logps
@@ -799,50 +800,45 @@ def test_an_adapter_in_bf16_leaves_the_frozen_weights_in_bf16(make_trainer, make
             assert not torch.equal(value, frozen) and not torch.equal(value, value.bfloat16().float())
 
 
-@pytest.mark.parametrize(("frozen", "expected"), [(False, 14), (True, 0)])
-def test_sampling_with_an_adapter_casts_no_frozen_weight(make_trainer, make_model, monkeypatch, frozen, expected):
-    """Two layers of seven linear ones, whose weights autocast would cast at each token."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Calls(TorchDispatchMode):
+    """Keeps what torch calls, and with which arguments."""
 
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("frozen", "expected"), [(False, 14), (True, 0)])
+def test_a_pass_with_an_adapter_casts_no_frozen_weight(make_trainer, make_model, monkeypatch, frozen, expected):
+    """Two layers of seven linear ones, whose weights autocast would cast at each token."""
     if not frozen:
         monkeypatch.setattr("fgalign.ppo_trainer.freeze_in_bf16", lambda model: None)
     trainer = make_trainer(count, model=make_model(0), ref_model=None, peft_config=lora(), bf16=True)
     weights = {id(each) for each in trainer.policy.parameters() if not each.requires_grad and each.dim() == 2}
-    casts = []
-
-    class Casts(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._to_copy.default and id(args[0]) in weights:
-                casts.append(args[0])
-            return function(*args, **(kwargs or {}))
-
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad(), trainer._autocast(), Casts():
-        hidden = trainer.policy.get_base_model().model(input_ids=ids).last_hidden_state
-    assert len(casts) == expected
+    with torch.no_grad(), trainer._autocast(), Calls() as seen:
+        hidden = trainer.policy.get_base_model().model(input_ids=tensor([[5, 6, 7]])).last_hidden_state
+    casts = [args for function, args in seen.calls if function is torch.ops.aten._to_copy.default]
+    assert sum(id(args[0]) in weights for args in casts) == expected
     assert hidden.dtype == (torch.bfloat16 if frozen else torch.float32)
 
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_an_output_layer_that_is_not_trained_makes_one_product(make_trainer, make_model, monkeypatch, at_once):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     if not at_once:  # what torch does by itself: a product a response
         monkeypatch.setattr("fgalign.ppo_trainer.project_at_once", lambda model: None)
     reference = make_model(0).requires_grad_(False)
     trainer = make_trainer(count, ref_model=reference)
     rollout = fixed_rollout()
-    vocabulary = reference.config.vocab_size
-    shapes = []
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[1].shape[-1] == vocabulary:
-                shapes.append(tuple(args[0].shape[:-1]))
-            return function(*args, **(kwargs or {}))
-
-    with Products():
+    with Calls() as seen:
         found = trainer.ref_logps(rollout)
+    products = [
+        args for function, args in seen.calls if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+    ]
+    shapes = [tuple(left.shape[:-1]) for left, right in products if right.shape[-1] == reference.config.vocab_size]
     # Logits before each of the four tokens, and those after the last, of three responses.
     assert shapes == ([(15,)] if at_once else [(3, 5)])
     close(found[rollout.response_mask], response_logps(make_model(0), rollout)[rollout.response_mask].detach())

@@ -473,8 +473,8 @@ class FineGrainedPPOTrainer:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-            if args.bf16:
-                freeze_in_bf16(model)
+        if args.bf16:
+            freeze_in_bf16(model)
         for each in (model, ref_model):
             project_at_once(each)
         for each in filter(None, (model, value_model)):

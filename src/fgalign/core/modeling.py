@@ -108,7 +108,7 @@ def keep_freed_memory() -> bool:
 
 def use_bf16(config: RuntimeConfig, device: torch.device) -> bool:
     """Whether models compute in bf16 (weights under training stay in fp32)."""
-    # torch before 2.12 may not say what the processor can do.
+    # An older torch cannot say what the processor can do.
     units = config.dtype == "matrix_units" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
     return config.dtype == "bf16" or (config.dtype != "fp32" and (device.type == "cuda" or units))
 

@@ -178,7 +178,7 @@ class FIGATrainer(Trainer):
             **kwargs,
         )
         check_float32(self.model)
-        if peft_config is not None and args.bf16:
+        if args.bf16:
             freeze_in_bf16(self.model)
         self.label_names = ["weights"]  # so that an evaluation knows that there is a loss
         # The loss is normalised here, over the whole step; the parent must not divide it by the accumulation again
