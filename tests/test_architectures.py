@@ -155,13 +155,6 @@ def test_an_adapter_is_trained_over_frozen_weights_in_bf16(saved, tmp_path, kind
         parameter.data = parameter.data.bfloat16().float()
     plain, merged = (response_logps(each, rollout) for each in (start, load_causal_lm(tmp_path / "out").eval()))
     mask = rollout.response_mask
-    print(
-        "DIFF",
-        kind,
-        float((trainer.ref_logps(rollout) - plain)[mask].abs().max()),
-        float((trainer.logps(rollout) - merged)[mask].abs().max()),
-        float((plain - merged)[mask].abs().max()),
-    )
     # The reference is the model as it was, the policy what is saved, up to bf16; and the adapter has moved.
     torch.testing.assert_close(trainer.ref_logps(rollout)[mask], plain[mask], rtol=0, atol=0.03)
     torch.testing.assert_close(trainer.logps(rollout)[mask], merged[mask], rtol=0, atol=0.03)
