@@ -222,3 +222,39 @@ def test_statistics():
         "share_bad": 3 / 8,  # (1 + 2) of 8 initial tokens
         "share_good": 4 / 9,  # (2 + 2) of 9 revised tokens
     }
+
+
+def test_labels_against_the_truth_by_hand(tokenizer):
+    from fgalign.core.schema import GoldMarks, Span
+    from fgalign.core.tokens import token_offsets
+    from fgalign.evaluation.labels import label_quality
+
+    edits = [
+        Edit(id="a", prompt="p", initial="xqzj", revised="xqj"),
+        Edit(id="b", prompt="p", initial="qx", revised="zx"),
+    ]
+    assert token_offsets(tokenizer, "xqzj") == [
+        (0, 1),
+        (1, 2),
+        (2, 3),
+        (3, 4),
+        (4, 4),
+    ]  # a token a letter, then the end
+    pairs = label_edits(tokenizer, edits, LabelConfig())
+    assert [pair.initial_labels for pair in pairs] == [[0, 0, -1, 0, 0], [-1, 0, 0]]
+    marks = {
+        "a": GoldMarks(
+            id="a", side="initial", text="xqzj", spans=[Span(start=s, end=s + 1, type="rude") for s in (0, 2)]
+        ),
+        "b": GoldMarks(id="b", side="initial", text="qx", spans=[]),
+    }
+    quality = label_quality(tokenizer, edits, pairs, marks)
+    # Of the 2 tokens labelled bad, z is flawed; of the 2 flawed ones, x and z, z is labelled bad.
+    assert (quality["precision"], quality["recall"], quality["f1"]) == (0.5, 0.5, 0.5)
+    assert quality["share_bad_labelled"] == quality["share_bad_truth"] == pytest.approx(2 / 6)
+    assert quality["by_type"]["rude"]["recall"] == quality["by_type"]["rude"]["share_of_labels"] == 0.5
+    assert quality["by_type"]["rude"]["tokens"] == 2
+    # Flawed tokens stand at 0 and 2, the others at 1 and 3 and at 0 and 1: of 8 comparisons 3 are won and one is a tie.
+    assert quality["position_auroc"] == 3.5 / 8
+    assert "position_auroc" not in quality["intervals"]  # a single response has flaws
+    assert "precision" in quality["intervals"]

@@ -22,6 +22,7 @@ from fgalign.parallel import can_fork
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 SECOND = yaml.safe_load((ROOT / "reproduce" / "sweeps" / "dvc.yaml").read_text(encoding="utf-8"))
+HUMAN_SEARCH = yaml.safe_load((ROOT / "reproduce/profiles/human/search/dvc.yaml").read_text(encoding="utf-8"))
 SMOKE = "reproduce/profiles/smoke/dvc.yaml"
 # What a stage's numbers cannot depend on: messages, tracking, the command line, how files are written, processes.
 # Nor on the table of methods: a new line in it must not train the others again.
@@ -128,7 +129,8 @@ def undeclared(stage: str, entry: dict, module: str, function: str) -> list[str]
 @pytest.mark.parametrize("stage", STAGE_FUNCTIONS)
 def test_a_stage_depends_on_the_code_it_runs(stage: str) -> None:
     module, function = STAGE_FUNCTIONS[stage]
-    pipelines = [pipeline["stages"][stage] for pipeline in (PIPELINE, SECOND) if stage in pipeline["stages"]]
+    every = (PIPELINE, SECOND, HUMAN_SEARCH)
+    pipelines = [pipeline["stages"][stage] for pipeline in every if stage in pipeline["stages"]]
     assert pipelines
     for entry in pipelines:
         missing = undeclared(stage, entry, module, function)
@@ -432,6 +434,13 @@ def known_world(smoke: Path):
         params={
             **profile.params,
             "methods": methods,
+            "search": {
+                **profile.params["search"],
+                "reward_models": {
+                    "rm_preference": {"optim.learning_rate": [1.0e-3, 3.0e-3]},
+                    "rm_token": {"class_weight_power": [0.0, 0.5], "optim.learning_rate": [1.0e-3]},
+                },
+            },
             "token_models": {
                 "rm_token_bt": {**token, "loss": "bradley_terry", "title": "BT"},
                 "rm_tlcr": {**token, "loss": "binary"},
@@ -542,11 +551,42 @@ def test_the_search_chooses_the_candidate_that_wins_most(known_world) -> None:
     assert [row["chosen"] for row in rows] == (["1", "0"] if wins[0] >= wins[1] else ["0", "1"])
 
 
+def test_the_search_chooses_reward_models_by_what_they_are_for(known_world) -> None:
+    from fgalign.report.tables import search as search_table
+    from fgalign.stages.reward_models import HeldOut
+
+    rows = rows_of(known_world.sweeps / "metrics" / "search_rewards.csv")
+    assert [(row["model"], row["candidate"], row["parameters"], row["metric"]) for row in rows] == [
+        ("rm_preference", "0", "optim.learning_rate=0.001", "accuracy_preference"),
+        ("rm_preference", "1", "optim.learning_rate=0.003", "accuracy_preference"),
+        ("rm_token", "0", "class_weight_power=0.0; optim.learning_rate=0.001", "token_auroc"),
+        ("rm_token", "1", "class_weight_power=0.5; optim.learning_rate=0.001", "token_auroc"),
+    ]
+    for pair in (rows[:2], rows[2:]):
+        first, second = (float(row["value"]) for row in pair)
+        assert [row["chosen"] for row in pair] == (["1", "0"] if first >= second else ["0", "1"])
+    # Measured on the validation split, not on the test split.
+    held_out = {split: HeldOut(known_world, split) for split in ("validation", "test")}
+    model = known_world.data / "search" / "rm_token" / "1"
+    found = {split: held.measure(held.load_from("rm_token", model), "token") for split, held in held_out.items()}
+    assert round(found["validation"].metrics["token_auroc"], 6) == float(rows[3]["value"])
+    assert found["test"].metrics["token_auroc"] != found["validation"].metrics["token_auroc"]
+    # The profile's own model has that power of the class weights, but its own learning rate.
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (model, model.parent / "0")]
+    assert weights[0] != weights[1]
+    cells = {(cell.method, cell.metric): cell.mean for cell in search_table(known_world)}
+    assert cells["rm_preference/1: optim.learning_rate=0.003", "accuracy_preference"] == pytest.approx(
+        100 * float(rows[1]["value"])
+    )
+    assert cells["rm_token/0: class_weight_power=0.0; optim.learning_rate=0.001", "chosen"] == float(rows[2]["chosen"])
+
+
 def test_reward_models_of_a_source_without_truth(known_world, monkeypatch, capsys) -> None:
     """As AlpacaFarm: no marks of flaws, and references of other prompts than the edits'."""
     from types import SimpleNamespace
 
-    from fgalign.stages import judge, reward_models
+    from fgalign.errors import InputError
+    from fgalign.stages import compare, judge, reward_models
 
     written = {}
     for module in (reward_models, judge):
@@ -565,6 +605,8 @@ def test_reward_models_of_a_source_without_truth(known_world, monkeypatch, capsy
     assert written["token_intervals.csv"] == [] and written["label_quality.json"] == {}
     assert "rewards" in written["token_examples.json"][0] and "gold" not in written["token_examples.json"][0]
     assert "the source marks no flaws" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"expected marks of flaws, to choose rm_token by its token_auroc, found none"):
+        compare.run_choose_search(known_world)
     # Prompts of the world have one pair each.
     assert all(row["prompt"] == row["id"] for row in written["reward_pairs.csv"])
 
@@ -624,7 +666,8 @@ def test_the_grid_of_the_search_is_a_product_in_the_order_of_the_profile(known_w
     from fgalign.study import candidates, search_section
 
     def with_grid(grid: object):
-        return replace(known_world, params={**known_world.params, "methods": {"figa": {"search": grid}}})
+        params = {**known_world.params, "methods": {"figa": {"search": grid}}, "search": {"seed": 1}}
+        return replace(known_world, params=params)
 
     found = candidates(with_grid({"alpha": [1, 2], "beta": [0.5, 0.0]}))
     assert [(item.number, item.changes) for item in found] == [
@@ -637,6 +680,8 @@ def test_the_grid_of_the_search_is_a_product_in_the_order_of_the_profile(known_w
         candidates(with_grid({"alpha": 1}))
     with pytest.raises(ConfigError, match="no method has a `search` grid"):
         candidates(with_grid({}))
+    with_reward = with_grid({}).params | {"search": {"seed": 1, "reward_models": {"rm_edit": {"max_length": [64, 96]}}}}
+    assert candidates(replace(known_world, params=with_reward)) == []
     with pytest.raises(ConfigError, match=r"search.seed: expected one of the seeds \[1, 2\], found 9"):
         search_section(replace(known_world, params={**known_world.params, "search": {"seed": 9}}))
 
@@ -679,6 +724,35 @@ def test_the_profile_uses_what_the_search_chose() -> None:
                 for part in key.split("."):
                     used = used[part]
                 assert used == value, f"params.yaml: methods.{row['method']}.{key}: the search chose {value}"
+
+
+def test_the_committed_search_of_reward_models_is_the_profiles_grid() -> None:
+    """Of `human`, and what its documents say of it: 144 steps are better than 48 at each rate of the token-level model,
+    and no better than a token's place on the test answers."""
+    import json
+
+    from fgalign.config import load_profile
+    from fgalign.study import reward_candidates
+
+    profile = load_profile("human", ROOT)
+    rows = rows_of(profile.sweeps / "metrics" / "search_rewards.csv")
+    assert [(row["model"], row["candidate"], row["parameters"]) for row in rows] == [
+        (item.method, str(item.number), item.parameters) for item in reward_candidates(profile)
+    ]
+    for model in ("rm_preference", "rm_edit", "rm_token"):
+        values = {row["value"]: row["chosen"] for row in rows if row["model"] == model}
+        assert [value for value, chosen in values.items() if chosen == "1"] == [max(values, key=float)]
+    tokens = [row for row in rows if row["model"] == "rm_token"]
+    short, long = (
+        [float(row["value"]) for row in tokens if f"max_steps={steps}" in row["parameters"]] for steps in (48, 144)
+    )
+    assert len(short) == len(long) == 3 and max(short) < min(long)
+    ends = (min(short), max(short), min(long), max(long))
+    assert [f"{value:.2f}" for value in ends] == ["0.52", "0.55", "0.57", "0.61"]
+    quality = json.loads((profile.results / "metrics" / "label_quality.json").read_text())
+    assert f"{quality['position_auroc']:.2f}" == "0.62" and max(long) < quality["position_auroc"]
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert "(AUROC 0.52 to 0.55 on 64 validation answers)" in text and "every rate does better, 0.57 to 0.61." in text
 
 
 def test_what_the_paper_says_of_the_shared_learning_rate_is_so() -> None:

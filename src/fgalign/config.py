@@ -7,9 +7,10 @@ an unknown or ill-typed key is one error that names file and key.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -114,6 +115,18 @@ def parse_section(value: Any, kind: type[S], where: str) -> S:
         silent = first["type"] in ("missing", "extra_forbidden", "value_error")
         found = "" if silent else f", found {first.get('input')!r}"
         raise ConfigError(f"{where}.{key}: {first['msg']}{found}{known}") from None
+
+
+def changed(section: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a section with other values; ``changes`` are by dotted key."""
+    section = copy.deepcopy(section)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        inner = section
+        for parent in parents:
+            inner = inner.setdefault(parent, {}) if isinstance(inner, dict) else {}
+        inner[last] = value
+    return section
 
 
 def _inner(kind: type[BaseModel], keys: Sequence[int | str]) -> type[BaseModel]:

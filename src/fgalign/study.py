@@ -6,12 +6,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from fgalign.config import Profile, Section, parse_section
 from fgalign.errors import ConfigError
+
+RewardModel = Literal["rm_preference", "rm_edit", "rm_token"]
+Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
+"""Values to try by dotted key."""
 
 
 class Variant(Section):
@@ -46,22 +50,30 @@ class Study(Section):
 
 
 class SearchSection(Section):
-    """The hyperparameter search: every method's own ``search`` grid, trained with one seed, judged on the validation
-    split."""
+    """The hyperparameter search: every method's own ``search`` grid and the reward models' grids, trained with one
+    seed, judged on the validation split."""
 
     seed: int
     """One of the profile's seeds; its SFT and reward models are the start."""
     together: list[list[str]] = Field(default_factory=list)
     """Groups of methods that are compared for one difference alone, and so share one choice (``choose``)."""
+    reward_models: dict[RewardModel, Grid] = Field(default_factory=dict)
+    """Grids of reward models. Methods are searched with the reward models of the pipeline, so these are to be chosen,
+    entered and trained before them."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One point of a method's grid."""
+    """One point of the grid of a method or of a reward model, which ``method`` names then."""
 
     method: str
     number: int
     changes: dict[str, Any]
+
+    @property
+    def parameters(self) -> str:
+        """The changes as text: ``key=value``, in the order of the grid."""
+        return "; ".join(f"{key}={value}" for key, value in self.changes.items())
 
 
 def metrics_folder(profile: Profile, study: str) -> Path:
@@ -114,21 +126,30 @@ def candidates(profile: Profile) -> list[Candidate]:
     """Every point of the grid of every method that has one, in the order of the profile.
 
     Raises:
-        ConfigError: no method has a grid, or a grid is not lists by dotted key.
+        ConfigError: neither a method nor a reward model has a grid, or a grid is not lists by dotted key.
     """
-    found = []
+    found: list[Candidate] = []
     for method, entry in profile.params.get("methods", {}).items():
         grid = searched_keys(entry)
         if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
             raise ConfigError(
                 f"{profile.file}: methods.{method}.search: expected lists of values by key, found {grid!r}"
             )
-        if grid:
-            points = itertools.product(*grid.values())
-            found += [Candidate(method, i, dict(zip(grid, point, strict=True))) for i, point in enumerate(points)]
-    if not found:
-        raise ConfigError(f"{profile.file}: methods: no method has a `search` grid")
+        found += _points(method, grid)
+    if not found and not reward_candidates(profile):
+        raise ConfigError(f"{profile.file}: methods: no method has a `search` grid, nor has a reward model")
     return found
+
+
+def reward_candidates(profile: Profile) -> list[Candidate]:
+    """Every point of the grids of reward models (``search.reward_models``), in the order of the profile."""
+    grids = search_section(profile).reward_models
+    return [candidate for model, grid in grids.items() for candidate in _points(model, grid)]
+
+
+def _points(name: str, grid: Grid) -> list[Candidate]:
+    points = itertools.product(*grid.values()) if grid else []
+    return [Candidate(name, number, dict(zip(grid, point, strict=True))) for number, point in enumerate(points)]
 
 
 def choose(wins: dict[str, list[float]], together: Sequence[Sequence[str]] = ()) -> dict[str, int]:

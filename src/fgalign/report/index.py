@@ -244,10 +244,11 @@ def run_names(profile: Profile, stage: Stage, row: str, seeds: list[int]) -> lis
 
 
 def _search_runs(profile: Profile, row: str) -> list[str]:
-    from fgalign.study import candidates, search_section
+    from fgalign.study import candidates, reward_candidates, search_section
 
     seed = search_section(profile).seed
-    found = [f"{candidate.method}/{candidate.number}" for candidate in candidates(profile)]
+    grid = candidates(profile) + reward_candidates(profile)
+    found = [f"{candidate.method}/{candidate.number}" for candidate in grid]
     wanted = row.partition(":")[0]
     return [f"{profile.name}/search/{name}/seed-{seed}" for name in found if wanted in (name, name.partition("/")[0])]
 

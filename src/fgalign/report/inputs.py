@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 JUDGED_COLUMNS = ("id", "seed", "score", "reference_score", "win", "kl", "tokens", "truncated")
 CURVE_COLUMNS = ("update", "response_tokens", "gradient_updates", "score", "win", "kl", "reward")
-SWEEP_METRICS = ("search.csv", "overoptimisation.csv", "token_models.csv")
+SWEEP_METRICS = ("search.csv", "search_rewards.csv", "overoptimisation.csv", "token_models.csv")
 SIDES = ("initial", "revised", "reference")
 BUDGET_COLUMNS = ("training_tokens", "sampled_tokens", "gradient_updates")
 OVEROPTIMISATION_COLUMNS = ("kl", "proxy", "gold", "win")
@@ -42,6 +42,18 @@ class Candidate:
     win: float
     low: float
     high: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class RewardCandidate:
+    """One point of a reward model's hyperparameter search, and what it was measured by on the validation split."""
+
+    model: str
+    number: int
+    parameters: str
+    metric: str
+    value: float
     chosen: bool
 
 
@@ -302,13 +314,37 @@ def read_search(profile: Profile) -> list[Candidate]:
         chosen = bool(_bool_or_number(row["chosen"], path, line, "chosen"))
         place = _integer(row["candidate"], path, line, "candidate")
         found[key] = Candidate(row["method"], place, row["parameters"], win, low, high, chosen)
-    for method in dict.fromkeys(candidate.method for candidate in found.values()):
-        chosen = [item.number for item in found.values() if item.method == method and item.chosen]
+    _one_chosen(path, writer, [(item.method, item.number, item.chosen) for item in found.values()])
+    return list(found.values())
+
+
+def read_reward_search(profile: Profile) -> list[RewardCandidate]:
+    """The candidates of the search for reward models, in the order of the file; one of each model is the chosen one."""
+    path, writer = metrics_path(profile, "search_rewards.csv"), "the stage that judges the search"
+    columns = ("model", "candidate", "parameters", "metric", "value", "chosen")
+    found = [
+        RewardCandidate(
+            row["model"],
+            _integer(row["candidate"], path, line, "candidate"),
+            row["parameters"],
+            row["metric"],
+            number(row["value"], path, line, "value"),
+            bool(_bool_or_number(row["chosen"], path, line, "chosen")),
+        )
+        for line, row in enumerate(read_rows(path, columns, writer), start=2)
+    ]
+    _one_chosen(path, writer, [(item.model, item.number, item.chosen) for item in found])
+    return found
+
+
+def _one_chosen(path: Path, writer: str, found: Sequence[tuple[str, int, bool]]) -> None:
+    """Refuse a search, (name, candidate, chosen), in which not one candidate of each name is chosen."""
+    for name in dict.fromkeys(name for name, *_ in found):
+        chosen = [place for other, place, is_chosen in found if other == name and is_chosen]
         if len(chosen) != 1:
             raise InputError(
-                f"{path}: {method}: expected one chosen candidate, found {_join(chosen)}; run {writer} again"
+                f"{path}: {name}: expected one chosen candidate, found {_join(chosen)}; run {writer} again"
             )
-    return list(found.values())
 
 
 def read_overoptimisation(profile: Profile) -> dict[str, dict[int, list[dict[str, float]]]]:

@@ -121,6 +121,7 @@ METRICS: dict[str, MetricStyle] = {
     "share_of_labels": MetricStyle("Part of the bad labels", "%", 1),
     "share_bad_labelled": MetricStyle("Labelled bad", "%", 1),
     "share_bad_truth": MetricStyle("Truly flawed", "%", 1),
+    "position_auroc": MetricStyle("AUROC of position", "", 3),
     "flawed_tokens": MetricStyle("Flawed tokens", "", 0),
 }
 

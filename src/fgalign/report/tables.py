@@ -22,6 +22,7 @@ from fgalign.report.config import (
     ACROSS_METHODS,
     CORE_METHODS,
     PLAIN_PPO,
+    REWARD_MODELS,
     SFT,
     SWEEPS,
     measured,
@@ -33,6 +34,7 @@ from fgalign.report.config import (
 from fgalign.report.inputs import Grid, metrics_path
 from fgalign.report.reported import REPORTED, reported_value
 from fgalign.report.style import BENCHMARK, BENCHMARK_RATES, TOKEN_AUROC, labeller, method_style
+from fgalign.study import candidates
 
 if TYPE_CHECKING:
     import numpy as np
@@ -341,12 +343,18 @@ def xu_token_models(profile: Profile) -> list[Cell]:
 
 
 def search(profile: Profile) -> list[Cell]:
-    """Every candidate of the hyperparameter search: win rate on the validation split, and whether it was chosen.
+    """Every candidate of the hyperparameter search: win rate on the validation split, of a reward model what it was
+    measured by there, and whether it was chosen.
 
-    One training seed, so the interval is over prompts alone. A row is ``<method>/<number>: <parameters>``.
+    One training seed, so the interval is over prompts alone; reward models have none. A row is
+    ``<method or model>/<number>: <parameters>``.
     """
     cells = []
-    for candidate in inputs.read_search(profile):
+    for model in inputs.read_reward_search(profile) if profile.params["search"].get("reward_models") else []:
+        row = f"{model.model}/{model.number}: {model.parameters}"
+        cells.append(Cell(row, model.metric, (PERCENT if model.metric in SHARES else 1.0) * model.value))
+        cells.append(Cell(row, "chosen", float(model.chosen)))
+    for candidate in inputs.read_search(profile) if candidates(profile) else []:
         row = f"{candidate.method}/{candidate.number}: {candidate.parameters}"
         interval = [PERCENT * value for value in (candidate.win, candidate.low, candidate.high)]
         cells.append(_cell("search", row, "search_win_rate", interval, []))
@@ -481,6 +489,11 @@ def _one_file(name: str) -> Callable[[Profile, str], list[Path]]:
     return lambda profile, row: [metrics_path(profile, name)]
 
 
+def _search_file(profile: Profile, row: str) -> list[Path]:
+    of_reward_model = row.partition("/")[0] in REWARD_MODELS
+    return [metrics_path(profile, "search_rewards.csv" if of_reward_model else "search.csv")]
+
+
 def _row_file(folder: str) -> Callable[[Profile, str], list[Path]]:
     return lambda profile, row: [metrics_path(profile, f"{folder}/{row}.csv")]
 
@@ -573,7 +586,7 @@ TABLES: dict[str, Table] = {
     "search": Table(
         "Hyperparameter search",
         search,
-        _one_file("search.csv"),
+        _search_file,
         lambda row: [row.partition("/")[0], "search"],
         core=False,
     ),

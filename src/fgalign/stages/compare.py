@@ -15,10 +15,21 @@ from fgalign.evaluation.judges import Judge
 from fgalign.evaluation.truth import read_truth, split_references
 from fgalign.io import write_csv
 from fgalign.stages.generate import Answerer
-from fgalign.study import candidates, choose, get_study, metrics_folder, search_section
+from fgalign.study import (
+    Candidate,
+    candidates,
+    choose,
+    get_study,
+    metrics_folder,
+    reward_candidates,
+    search_section,
+)
 from fgalign.tracking import track
 
 T = TypeVar("T", bound=Hashable)
+
+SEARCH_METRIC = {"rm_preference": "accuracy_preference", "rm_edit": "accuracy_edit", "rm_token": "token_auroc"}
+"""What a candidate of each reward model is chosen by: how well it does, on held-out data, what it is trained for."""
 
 
 def run_judge_study(profile: Profile, name: str) -> None:
@@ -38,8 +49,20 @@ def run_judge_study(profile: Profile, name: str) -> None:
 
 
 def run_choose_search(profile: Profile) -> None:
-    """choose_search: every candidate answers the validation prompts; the one that wins most often is chosen
-    (``study.choose``); ``search.csv``."""
+    """choose_search: every candidate of a method answers the validation prompts; the one that wins most often is chosen
+    (``study.choose``); ``search.csv``. Of a reward model the candidate that is best by ``SEARCH_METRIC`` is chosen;
+    ``search_rewards.csv``."""
+    best = {}
+    if search_section(profile).reward_models:
+        best |= _choose_rewards(profile)
+    if candidates(profile):
+        best |= _choose_methods(profile)
+    with track(profile, "choose_search", None, {}) as run:
+        run.log(best)
+
+
+def _choose_methods(profile: Profile) -> dict[str, float]:
+    """Choose a candidate of each method; what the chosen ones have."""
     from fgalign.evaluation.statistics import crossed_interval
 
     config = search_section(profile)
@@ -65,16 +88,56 @@ def run_choose_search(profile: Profile) -> None:
             {
                 "method": candidate.method,
                 "candidate": candidate.number,
-                "parameters": "; ".join(f"{key}={value}" for key, value in candidate.changes.items()),
+                "parameters": candidate.parameters,
                 "win": round(interval.mean, 6),
                 "win_low": round(interval.low, 6),
                 "win_high": round(interval.high, 6),
                 "chosen": int(best[candidate.method] == candidate.number),
             }
         )
-    with track(profile, "choose_search", None, {}) as run:
-        run.log({f"{method}/win": wins[method][number] for method, number in best.items()})
     write_csv(profile.sweeps / "metrics" / "search.csv", table)
+    return {f"{method}/win": wins[method][number] for method, number in best.items()}
+
+
+def _choose_rewards(profile: Profile) -> dict[str, float]:
+    """Choose a candidate of each reward model, the first of equals; what the chosen ones have.
+
+    Raises:
+        InputError: the validation split has no truth to choose a token-level model by.
+    """
+    from fgalign.parallel import each_seed
+    from fgalign.stages.reward_models import HeldOut
+
+    held_out = HeldOut(profile, "validation")
+    grid = reward_candidates(profile)
+
+    def one(candidate: Candidate) -> float | None:
+        model = candidate.method
+        reward = held_out.load_from(model, profile.data / "search" / model / str(candidate.number))
+        return held_out.measure_by(reward, SEARCH_METRIC[model])
+
+    table: list[dict[str, Any]] = []
+    for candidate, value in zip(grid, each_seed(grid, one, held_out.workers), strict=True):
+        metric = SEARCH_METRIC[candidate.method]
+        if value is None:
+            raise InputError(
+                f"{profile.data / 'gold' / 'validation'}: expected marks of flaws, to choose {candidate.method} by its "
+                f"{metric}, found none; leave it out of search.reward_models"
+            )
+        table.append(
+            {
+                "model": candidate.method,
+                "candidate": candidate.number,
+                "parameters": candidate.parameters,
+                "metric": metric,
+                "value": round(value, 6),
+                "chosen": 0,
+            }
+        )
+    for model in dict.fromkeys(row["model"] for row in table):
+        max((row for row in table if row["model"] == model), key=lambda row: row["value"])["chosen"] = 1
+    write_csv(profile.sweeps / "metrics" / "search_rewards.csv", table)
+    return {f"{row['model']}/{row['metric']}": row["value"] for row in table if row["chosen"]}
 
 
 def run_overoptimisation(profile: Profile, study: str = "overoptimisation") -> None:

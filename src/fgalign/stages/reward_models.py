@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from fgalign.config import Profile
 from fgalign.core.raw_data import read_split
@@ -138,14 +139,15 @@ class RewardScores(NamedTuple):
 
 
 class HeldOut:
-    """Test preferences and test edits (``evaluation.pairs`` of each, see ``spread``), to measure reward models with;
-    and the truth about the edits' initial responses, ``kinds`` and ``truth``, empty where the source has none.
+    """Preferences and edits of the test split, or of the validation split, to measure reward models with
+    (``evaluation.pairs`` of each, see ``spread``); and the truth about the edits' initial responses, ``kinds`` and
+    ``truth``, empty where the source has none.
 
     Raises:
-        InputError: the test split has no preferences.
+        InputError: the split has no preferences.
     """
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, split: Literal["validation", "test"] = "test") -> None:
         from fgalign.core.modeling import RuntimeConfig, load_tokenizer, seed_workers, set_up, use_bf16
         from fgalign.core.tokens import encode_prompt, encode_response
         from fgalign.evaluation.labels import gold_types_of
@@ -158,16 +160,16 @@ class HeldOut:
         self.bf16 = use_bf16(runtime, self.device)
         self.workers = seed_workers(runtime, self.device)
         self.tokenizer = load_tokenizer(profile.model_folder("base"))
-        preferences = spread(read_split(profile.data / "raw" / "test").preferences, self.config.pairs)
+        preferences = spread(read_split(profile.data / "raw" / split).preferences, self.config.pairs)
         if not preferences:
             raise InputError(
-                f"{profile.data / 'raw' / 'test' / 'preferences.jsonl'}: expected preferences to measure reward models "
-                "with, found none; use a source that has some in its test split"
+                f"{profile.data / 'raw' / split / 'preferences.jsonl'}: expected preferences to measure reward models "
+                f"with, found none; use a source that has some in its {split} split"
             )
-        edits = read_records(profile.data / "edits" / "test.jsonl", Edit)
-        self.edits = spread(with_tokens_changed(self.tokenizer, edits, "test"), self.config.pairs)
+        edits = read_records(profile.data / "edits" / f"{split}.jsonl", Edit)
+        self.edits = spread(with_tokens_changed(self.tokenizer, edits, split), self.config.pairs)
         self.pairs = label_edits(self.tokenizer, self.edits, profile.section("labels", LabelConfig))
-        marks = initial_marks(profile.data / "gold" / "test")
+        marks = initial_marks(profile.data / "gold" / split)
         self.kinds = gold_types_of(self.tokenizer, self.edits, marks) if marks else []
         self.truth = [[bool(kinds) for kinds in row] for row in self.kinds]
         self.ids = {"accuracy_preference": by_prompt(preferences), "accuracy_edit": by_prompt(self.edits)}
@@ -177,9 +179,13 @@ class HeldOut:
 
     def load(self, name: str, seed: int) -> Any:
         """The reward function of one seed of a reward model."""
+        return self.load_from(name, self.profile.model_folder(name, seed))
+
+    def load_from(self, name: str, folder: Path) -> Any:
+        """The reward function of a model of that name in another folder."""
         from fgalign.rewards import load_reward
 
-        return load_reward(name, self.profile.model_folder(name, seed), self.device)
+        return load_reward(name, folder, self.device)
 
     def score(self, reward: Any, prompts: Sequence, responses: Sequence) -> Any:
         """One score a response, (N,)."""
@@ -197,33 +203,59 @@ class HeldOut:
         """Accuracy on preferences and on edits; at the level ``token``, with a truth, also AUROC, precision and recall
         of negative rewards against the truth about the tokens of initial responses, and as ``token_auroc:<kind>`` the
         AUROC of tokens with each kind of flaw against those without any."""
-        from fgalign.rewards.scoring import raw_rewards
-
-        prompts = [pair.prompt_ids for pair in self.pairs]
-        initial_ids = [pair.initial_ids for pair in self.pairs]
-        revised = self.score(reward, prompts, [pair.revised_ids for pair in self.pairs])
-        initial = self.score(reward, prompts, initial_ids)
-        chosen = self.score(reward, self.preference_prompts, self.chosen_ids)
-        rejected = self.score(reward, self.preference_prompts, self.rejected_ids)
+        revised, initial = self.pair_scores(reward, "accuracy_edit")
+        chosen, rejected = self.pair_scores(reward, "accuracy_preference")
         correct = {"accuracy_preference": ranked(chosen, rejected), "accuracy_edit": ranked(revised, initial)}
         metrics = {metric: sum(values) / len(values) for metric, values in correct.items()}
         if level != "token":
             return RewardScores(metrics, correct, {}, initial, revised, [])
+        token_rewards = self.token_rewards(reward)
+        parts = self.token_parts(token_rewards)
+        metrics |= {name: part.value for name, part in parts.items()}
+        return RewardScores(metrics, correct, parts, initial, revised, token_rewards)
+
+    def measure_by(self, reward: Any, metric: str) -> float | None:
+        """One of the metrics of ``measure`` alone; None where there is no truth to measure it with."""
+        if metric == TOKEN_AUROC:
+            parts = self.token_parts(self.token_rewards(reward))
+            return parts[metric].value if metric in parts else None
+        values = ranked(*self.pair_scores(reward, metric))
+        return sum(values) / len(values)
+
+    def pair_scores(self, reward: Any, metric: str) -> tuple[Any, Any]:
+        """Scores of the better and of the worse responses of an accuracy's pairs, (N,) each."""
+        if metric == "accuracy_edit":
+            prompts = [pair.prompt_ids for pair in self.pairs]
+            better, worse = ([getattr(pair, side) for pair in self.pairs] for side in ("revised_ids", "initial_ids"))
+        else:
+            prompts, better, worse = self.preference_prompts, self.chosen_ids, self.rejected_ids
+        return self.score(reward, prompts, better), self.score(reward, prompts, worse)
+
+    def token_rewards(self, reward: Any) -> list[list[float]]:
+        """The reward of every token of the edits' initial responses."""
+        from fgalign.rewards.scoring import raw_rewards
+
         with self._autocast():
             batches = raw_rewards(
-                reward, prompts, initial_ids, self.tokenizer.pad_token_id, self.config.batch_size, self.device
+                reward,
+                [pair.prompt_ids for pair in self.pairs],
+                [pair.initial_ids for pair in self.pairs],
+                self.tokenizer.pad_token_id,
+                self.config.batch_size,
+                self.device,
             )
-        token_rewards = [
+        return [
             row[mask].tolist()
             for rewards, rollout in batches
             for row, mask in zip(rewards, rollout.response_mask.cpu(), strict=True)
         ]
+
+    def token_parts(self, token_rewards: list[list[float]]) -> dict[str, Parts]:
+        """``token_parts`` of these rewards against the truth; empty where the source has none. The end token belongs to
+        no word, so it has no truth."""
         if not self.kinds:
-            return RewardScores(metrics, correct, {}, initial, revised, token_rewards)
-        # The end token belongs to no word, so it has no truth.
-        parts = token_parts([row[:-1] for row in token_rewards], [row[:-1] for row in self.kinds])
-        metrics |= {name: part.value for name, part in parts.items()}
-        return RewardScores(metrics, correct, parts, initial, revised, token_rewards)
+            return {}
+        return token_parts([row[:-1] for row in token_rewards], [row[:-1] for row in self.kinds])
 
 
 def token_parts(rewards: Sequence[Sequence[float]], kinds: Sequence[Sequence[set[str]]]) -> dict[str, Parts]:

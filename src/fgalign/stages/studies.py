@@ -20,7 +20,7 @@ from fgalign.io import atomic_dir
 from fgalign.labels import LabelConfig, label_edits, with_tokens_changed
 from fgalign.parallel import each_seed
 from fgalign.stages.train import align, train_reward_model
-from fgalign.study import Candidate, candidates, edits_file, get_study, search_section
+from fgalign.study import Candidate, candidates, edits_file, get_study, reward_candidates, search_section
 from fgalign.tracking import track
 
 LEARNED_FROM_EDITS = ("rm_edit", "rm_token")
@@ -70,7 +70,8 @@ def run_study(profile: Profile, name: str) -> None:
 
 
 def run_search(profile: Profile) -> None:
-    """search: train every candidate of every method's grid; ``data/<profile>/search/<method>/<number>``."""
+    """search: train every candidate of the grids of methods and of reward models;
+    ``data/<profile>/search/<method or model>/<number>``."""
     config = search_section(profile)
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
@@ -83,13 +84,16 @@ def run_search(profile: Profile) -> None:
             title = f"search/{candidate.method}/{candidate.number}"
             with track(profile, title, config.seed, candidate.changes) as run:
                 context = Context(profile, title, config.seed, device, runtime, out, run)
+                if candidate.method in config.reward_models:
+                    train_reward_model(context, candidate.method, candidate.changes)
+                    return
                 # A candidate is judged by its answers when it is trained: it needs no learning curve.
                 entry = profile.params["methods"][candidate.method]
                 no_curve = {"curve.prompts": 0} if "curve" in entry else {}
                 align(context, candidate.method, {**candidate.changes, **no_curve})
             release_memory(device)
 
-        each_seed(candidates(profile), one, seed_workers(runtime, device))
+        each_seed(candidates(profile) + reward_candidates(profile), one, seed_workers(runtime, device))
 
 
 def _learn_from(edits: list[Edit], context: Context, method: str) -> None:

@@ -3,11 +3,10 @@ forked processes where there are cores for them (``parallel.each_seed``)."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fgalign.config import Profile, Section, parse_section
+from fgalign.config import Profile, Section, changed, parse_section
 from fgalign.context import Context
 from fgalign.core.modeling import (
     RuntimeConfig,
@@ -109,8 +108,8 @@ def run_reward_model(profile: Profile, name: str) -> None:
     train_seeds(profile, name, reward_config(profile, name), lambda context: train_reward_model(context, name))
 
 
-def reward_config(profile: Profile, name: str) -> Section:
-    """The section of a reward model.
+def reward_config(profile: Profile, name: str, changes: Mapping[str, Any] | None = None) -> Section:
+    """The section of a reward model; ``changes`` replace values of it by dotted key.
 
     Raises:
         ConfigError: there is no such reward model, or two models have one name.
@@ -129,14 +128,18 @@ def reward_config(profile: Profile, name: str) -> Section:
     if taken:
         raise ConfigError(f"{profile.file}: token_models: {min(taken)!r} names another model; choose another name")
     if name not in others:
-        return profile.section(name, kinds[name])
+        if not changes:
+            return profile.section(name, kinds[name])
+        return parse_section(changed(profile.params[name], changes), kinds[name], f"{profile.file}: {name}")
     # The title is the report's.
     section = {key: value for key, value in others[name].items() if key != "title"}
+    section = changed(section, changes or {})
     return parse_section(section, TokenRewardSection, f"{profile.file}: token_models.{name}")
 
 
-def train_reward_model(context: Context, name: str) -> None:
-    """Train one seed of a reward model on its own kind of data."""
+def train_reward_model(context: Context, name: str, changes: Mapping[str, Any] | None = None) -> None:
+    """Train one seed of a reward model on its own kind of data; ``changes`` replace values of its section by dotted
+    key."""
     from fgalign.rewards.training import (
         TokenRewardSection,
         preference_rows,
@@ -144,7 +147,7 @@ def train_reward_model(context: Context, name: str) -> None:
         train_token_model,
     )
 
-    config = reward_config(context.profile, name)
+    config = reward_config(context.profile, name, changes)
     if isinstance(config, TokenRewardSection):
         train_token_model(context, config, context.labelled("train"))
         return
@@ -182,13 +185,8 @@ def method_config(profile: Profile, name: str, changes: Mapping[str, Any] | None
     kind = methods[name].get("kind")
     if kind not in METHODS:
         raise ConfigError(f"{profile.file}: methods.{name}.kind: expected one of {', '.join(METHODS)}, found {kind!r}")
-    section = copy.deepcopy({key: value for key, value in methods[name].items() if key not in ("title", "search")})
-    for key, value in (changes or {}).items():
-        *parents, last = key.split(".")
-        inner = section
-        for parent in parents:
-            inner = inner.setdefault(parent, {}) if isinstance(inner, dict) else {}
-        inner[last] = value
+    section = {key: value for key, value in methods[name].items() if key not in ("title", "search")}
+    section = changed(section, changes or {})
     module = get_method(kind)
     if section.get("needs") == "sft" and "needs" not in module.Config.model_fields:
         del section["needs"]
