@@ -34,7 +34,7 @@ from fgalign.report.config import (
 from fgalign.report.inputs import Grid, metrics_path
 from fgalign.report.reported import REPORTED, reported_value
 from fgalign.report.style import BENCHMARK, BENCHMARK_RATES, TOKEN_AUROC, labeller, method_style
-from fgalign.study import candidates
+from fgalign.study import searched_keys
 
 if TYPE_CHECKING:
     import numpy as np
@@ -349,12 +349,14 @@ def search(profile: Profile) -> list[Cell]:
     One training seed, so the interval is over prompts alone; reward models have none. A row is
     ``<method or model>/<number>: <parameters>``.
     """
+    of_rewards = profile.params.get("search", {}).get("reward_models")
+    of_methods = not of_rewards or any(map(searched_keys, profile.params.get("methods", {}).values()))
     cells = []
-    for model in inputs.read_reward_search(profile) if profile.params["search"].get("reward_models") else []:
+    for model in inputs.read_reward_search(profile) if of_rewards else []:
         row = f"{model.model}/{model.number}: {model.parameters}"
         cells.append(Cell(row, model.metric, (PERCENT if model.metric in SHARES else 1.0) * model.value))
         cells.append(Cell(row, "chosen", float(model.chosen)))
-    for candidate in inputs.read_search(profile) if candidates(profile) else []:
+    for candidate in inputs.read_search(profile) if of_methods else []:
         row = f"{candidate.method}/{candidate.number}: {candidate.parameters}"
         interval = [PERCENT * value for value in (candidate.win, candidate.low, candidate.high)]
         cells.append(_cell("search", row, "search_win_rate", interval, []))
