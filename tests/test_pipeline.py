@@ -571,7 +571,7 @@ def test_the_search_chooses_reward_models_by_what_they_are_for(known_world) -> N
     found = {split: held.measure(held.load_from("rm_token", model), "token") for split, held in held_out.items()}
     assert round(found["validation"].metrics["token_auroc"], 6) == float(rows[3]["value"])
     assert found["test"].metrics["token_auroc"] != found["validation"].metrics["token_auroc"]
-    # The profile's own model has that power of the class weights, but its own learning rate.
+    # Each is trained with its own values.
     weights = [(folder / "model.safetensors").read_bytes() for folder in (model, model.parent / "0")]
     assert weights[0] != weights[1]
     cells = {(cell.method, cell.metric): cell.mean for cell in search_table(known_world)}

@@ -268,7 +268,7 @@ def judge_study(name: Name, profile: ProfileOption = None) -> None:
 
 @app.command()
 def search(profile: ProfileOption = None) -> None:
-    """Every candidate of every method's hyperparameter grid, trained with one seed."""
+    """Every candidate of the hyperparameter grids of methods and reward models, trained with one seed."""
     with stage(profile, "search") as current:
         from fgalign.stages.studies import run_search
 
@@ -277,7 +277,7 @@ def search(profile: ProfileOption = None) -> None:
 
 @app.command()
 def choose_search(profile: ProfileOption = None) -> None:
-    """The candidate of each method that wins most often on the validation prompts."""
+    """The candidate of each method and reward model that does best on the validation split."""
     with stage(profile, "choose_search") as current:
         from fgalign.stages.compare import run_choose_search
 

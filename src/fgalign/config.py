@@ -54,15 +54,15 @@ class Profile:
     params: dict[str, Any]
     file: Path
 
-    def section(self, key: str, kind: type[S]) -> S:
-        """Parse one top-level section.
+    def section(self, key: str, kind: type[S], changes: Mapping[str, Any] | None = None) -> S:
+        """Parse one top-level section; ``changes`` replace values of it by dotted key.
 
         Raises:
             ConfigError: the section is missing, or a key in it is unknown or ill-typed.
         """
         if key not in self.params:
             raise ConfigError(f"{self.file}: section `{key}` is missing; expected {', '.join(kind.model_fields)}")
-        return parse_section(self.params[key], kind, f"{self.file}: {key}")
+        return parse_section(changed(self.params[key], changes), kind, f"{self.file}: {key}")
 
     @property
     def seeds(self) -> list[int]:
@@ -117,10 +117,10 @@ def parse_section(value: Any, kind: type[S], where: str) -> S:
         raise ConfigError(f"{where}.{key}: {first['msg']}{found}{known}") from None
 
 
-def changed(section: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def changed(section: Any, changes: Mapping[str, Any] | None) -> Any:
     """A copy of a section with other values; ``changes`` are by dotted key."""
     section = copy.deepcopy(section)
-    for key, value in changes.items():
+    for key, value in (changes or {}).items():
         *parents, last = key.split(".")
         inner = section
         for parent in parents:

@@ -26,7 +26,7 @@ def write_settings(profile: Profile) -> list[Path]:
     """Write into ``data/<profile>``: ``evaluation.json``, what answers are sampled and judged with; ``settings.json``,
     what tables and figures show; ``recipe.json``, everything, for the paper and for the parameters of the other stages,
     which DVC reads from it; ``search.json``, what the hyperparameter search starts from, without the values that it is
-    to choose: entering its choice does not make it run again. Returns their paths.
+    to choose for methods: entering its choice does not make it run again. Returns their paths.
 
     Raises:
         ConfigError: a study that no table shows; nothing is written, and nothing is trained for it.

@@ -86,11 +86,11 @@ def run_search(profile: Profile) -> None:
                 context = Context(profile, title, config.seed, device, runtime, out, run)
                 if candidate.method in config.reward_models:
                     train_reward_model(context, candidate.method, candidate.changes)
-                    return
-                # A candidate is judged by its answers when it is trained: it needs no learning curve.
-                entry = profile.params["methods"][candidate.method]
-                no_curve = {"curve.prompts": 0} if "curve" in entry else {}
-                align(context, candidate.method, {**candidate.changes, **no_curve})
+                else:
+                    # It is judged by its answers when it is trained: it needs no learning curve.
+                    entry = profile.params["methods"][candidate.method]
+                    no_curve = {"curve.prompts": 0} if "curve" in entry else {}
+                    align(context, candidate.method, {**candidate.changes, **no_curve})
             release_memory(device)
 
         each_seed(candidates(profile) + reward_candidates(profile), one, seed_workers(runtime, device))

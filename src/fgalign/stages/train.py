@@ -128,13 +128,11 @@ def reward_config(profile: Profile, name: str, changes: Mapping[str, Any] | None
     if taken:
         raise ConfigError(f"{profile.file}: token_models: {min(taken)!r} names another model; choose another name")
     if name not in others:
-        if not changes:
-            return profile.section(name, kinds[name])
-        return parse_section(changed(profile.params[name], changes), kinds[name], f"{profile.file}: {name}")
+        return profile.section(name, kinds[name], changes)
     # The title is the report's.
     section = {key: value for key, value in others[name].items() if key != "title"}
-    section = changed(section, changes or {})
-    return parse_section(section, TokenRewardSection, f"{profile.file}: token_models.{name}")
+    where = f"{profile.file}: token_models.{name}"
+    return parse_section(changed(section, changes), TokenRewardSection, where)
 
 
 def train_reward_model(context: Context, name: str, changes: Mapping[str, Any] | None = None) -> None:
@@ -186,7 +184,7 @@ def method_config(profile: Profile, name: str, changes: Mapping[str, Any] | None
     if kind not in METHODS:
         raise ConfigError(f"{profile.file}: methods.{name}.kind: expected one of {', '.join(METHODS)}, found {kind!r}")
     section = {key: value for key, value in methods[name].items() if key not in ("title", "search")}
-    section = changed(section, changes or {})
+    section = changed(section, changes)
     module = get_method(kind)
     if section.get("needs") == "sft" and "needs" not in module.Config.model_fields:
         del section["needs"]
