@@ -152,6 +152,64 @@ def test_the_slurm_script_is_bash_and_runs_every_training_stage() -> None:
     }
 
 
+STAND_INS = {
+    "scontrol": "printf '%s\\n' n7 n8",
+    # As Slurm does: the command on every node, and a failure of one is a failure.
+    "srun": """echo "cores $SRUN_CPUS_PER_TASK" >> calls
+shift
+for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" || exit 1; done""",
+    "accelerate": 'echo "accelerate $*" >> calls; [ "$*" = "${*/rm_edit/}" ]',
+    "dvc": 'echo "dvc $*" >> calls',
+}
+"""What the Slurm script calls, by name; `accelerate` fails at `rm_edit`."""
+
+
+def test_the_slurm_script_starts_a_process_a_gpu_on_every_node_and_tells_dvc(tmp_path: Path) -> None:
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, text in STAND_INS.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32",
+    }  # fmt: skip
+
+    def sbatch(*stage: str, **environment: str) -> tuple[int, list[str]]:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        result = subprocess.run(
+            ["bash", str(ROOT / "reproduce" / "slurm" / "paper.sbatch"), *stage],
+            env={"PATH": os.environ["PATH"], **slurm, **environment}, check=False,
+        )  # fmt: skip
+        return result.returncode, (tmp_path / "calls").read_text().splitlines()
+
+    command = (
+        "accelerate launch --config_file reproduce/accelerate/{0}.yaml --num_machines {1} --num_processes {2} "
+        "--machine_rank {3} --main_process_ip n7 --main_process_port 29500 -m fgalign.cli {4} --profile {5}"
+    )
+    assert sbatch("align", "figa") == (0, [
+        "cores 32",
+        command.format("fsdp_multi_node", 2, 8, 0, "align figa", "paper"),
+        command.format("fsdp_multi_node", 2, 8, 1, "align figa", "paper"),
+        "dvc commit --force reproduce/profiles/paper/dvc.yaml:align@figa",
+    ])  # fmt: skip
+    changed = {"PROFILE": "human-gpu", "CONFIG": "reproduce/accelerate/ddp.yaml"}
+    assert sbatch("judge-model", "preferences", **changed, SLURM_NNODES="1") == (0, [
+        "cores 32",
+        command.format("ddp", 1, 4, 0, "judge-model preferences", "human-gpu"),
+        "dvc commit --force reproduce/profiles/human-gpu/dvc.yaml:judge_model@preferences",
+    ])  # fmt: skip
+    # One after another, and none after one that failed; DVC is told of none that did.
+    status, calls = sbatch(SLURM_NNODES="1")
+    assert status != 0 and [line for line in calls if not line.startswith("cores")] == [
+        command.format("fsdp", 1, 4, 0, "sft", "paper"),
+        "dvc commit --force reproduce/profiles/paper/dvc.yaml:sft",
+        command.format("fsdp", 1, 4, 0, "reward-model rm_preference", "paper"),
+        "dvc commit --force reproduce/profiles/paper/dvc.yaml:rm_preference",
+        command.format("fsdp", 1, 4, 0, "reward-model rm_edit", "paper"),
+    ]
+
+
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 

@@ -739,9 +739,14 @@ def test_the_committed_search_of_reward_models_is_the_profiles_grid() -> None:
     assert [(row["model"], row["candidate"], row["parameters"]) for row in rows] == [
         (item.method, str(item.number), item.parameters) for item in reward_candidates(profile)
     ]
+    grid = {(item.method, str(item.number)): item.changes for item in reward_candidates(profile)}
     for model in ("rm_preference", "rm_edit", "rm_token"):
-        values = {row["value"]: row["chosen"] for row in rows if row["model"] == model}
-        assert [value for value, chosen in values.items() if chosen == "1"] == [max(values, key=float)]
+        own = [row for row in rows if row["model"] == model]
+        chosen = [row for row in own if row["chosen"] == "1"]
+        assert [row["value"] for row in chosen] == [max((row["value"] for row in own), key=float)]
+        used = profile.params[model]["optim"]
+        assert used["learning_rate"] == grid[model, chosen[0]["candidate"]]["optim.learning_rate"]
+        assert used["max_steps"] == 144  # for all: what the token-level model's best candidate has
     tokens = [row for row in rows if row["model"] == "rm_token"]
     short, long = (
         [float(row["value"]) for row in tokens if f"max_steps={steps}" in row["parameters"]] for steps in (48, 144)

@@ -985,3 +985,16 @@ def test_settings_by_use(tmp_path):
     assert search == {"runtime": {}, "search": {"seed": 1}, "methods": search["methods"]}
     assert "b" not in search["methods"]  # without a grid the search does not train it
     assert params["methods"]["a"]["optim"]["learning_rate"] == 1  # the profile itself keeps it
+
+    # So it is with reward models that have a grid, and only with them.
+    params["rm_edit"] = {"start": "sft", "optim": {"max_steps": 3, "learning_rate": 1}}
+    params["rm_token"] = {"start": "sft"}
+    params["search"] = {"seed": 1, "reward_models": {"rm_edit": {"optim.max_steps": [3, 9], "start": ["base"]}}}
+    *_, path = write_settings(Profile("mini", tmp_path, params, tmp_path / "params.yaml"))
+    search = json.loads(path.read_text())
+    assert search["rm_edit"] == {"optim": {"learning_rate": 1}} and "rm_token" not in search
+    assert search["search"] == params["search"]
+    params["search"] = {"seed": 1, "reward_models": ["rm_edit"]}
+    with pytest.raises(ConfigError, match=r"params.yaml: search.reward_models: Input"):
+        write_settings(Profile("mini", tmp_path, params, tmp_path / "params.yaml"))
+    assert json.loads(path.read_text()) == search  # what was written before is as it was

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from fgalign.config import Profile
 from fgalign.errors import ConfigError
 from fgalign.io import write_json
 from fgalign.report.config import STUDIES
-from fgalign.study import searched_keys
+from fgalign.study import Grid, SearchSection, searched_keys
 
 SHOWN = ("seeds", "report", "evaluation", "methods", "token_models", "studies", "sweeps", "search")
 """Sections of a profile that tables and figures read: seeds, titles, which rows there are, how many prompts."""
@@ -25,13 +26,16 @@ SEARCHED = ("runtime", "methods", "search")
 def write_settings(profile: Profile) -> list[Path]:
     """Write into ``data/<profile>``: ``evaluation.json``, what answers are sampled and judged with; ``settings.json``,
     what tables and figures show; ``recipe.json``, everything, for the paper and for the parameters of the other stages,
-    which DVC reads from it; ``search.json``, what the hyperparameter search starts from, without the values that it is
-    to choose for methods: entering its choice does not make it run again. Returns their paths.
+    which DVC reads from it; ``search.json``, what the hyperparameter search starts from, reward models that have a grid
+    included, without the values that it is to choose: entering its choice does not make it run again. Returns their
+    paths.
 
     Raises:
-        ConfigError: a study that no table shows; nothing is written, and nothing is trained for it.
+        ConfigError: a study that no table shows, or a ``search`` section that is none; nothing is written, and nothing
+            is trained for it.
     """
     params = profile.params
+    grids = profile.section("search", SearchSection).reward_models if params.get("search") else {}
     known = (*STUDIES, "overoptimisation")
     for section in ("studies", "sweeps"):
         for name in params.get(section) or {}:
@@ -48,22 +52,31 @@ def write_settings(profile: Profile) -> list[Path]:
         "evaluation.json": sections(EVALUATED),
         "settings.json": sections(SHOWN),
         RECIPE: params,
-        "search.json": without_choices(sections(SEARCHED)),
+        "search.json": without_choices(sections((*SEARCHED, *grids)), grids),
     }
     for name, content in contents.items():
         write_json(profile.data / name, content)
     return [profile.data / name for name in contents]
 
 
-def without_choices(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters without those values that a method's ``search`` grid replaces, without methods that have no grid,
-    and without learning curves, which the search does not record."""
+def without_choices(params: dict[str, Any], reward_grids: Mapping[str, Grid]) -> dict[str, Any]:
+    """The parameters without those values that the grid of a method or of a reward model replaces, without methods that
+    have no grid, and without learning curves, which the search does not record.
+
+    Args:
+        params: sections of a profile, those of the reward models in ``reward_grids`` among them.
+        reward_grids: values to try by dotted key, by reward model.
+    """
     params = deepcopy(params)
+    methods = params.get("methods", {})
     if "methods" in params:
-        params["methods"] = {name: entry for name, entry in params["methods"].items() if searched_keys(entry)}
-    for entry in params.get("methods", {}).values():
+        params["methods"] = methods = {name: entry for name, entry in methods.items() if searched_keys(entry)}
+    for entry in methods.values():
         entry.pop("curve", None)
-        for dotted in searched_keys(entry):
+    grids = [(entry, searched_keys(entry)) for entry in methods.values()]
+    grids += [(params[name], grid) for name, grid in reward_grids.items() if name in params]
+    for entry, grid in grids:
+        for dotted in grid:
             *path, last = dotted.split(".")
             section = entry
             for key in path:
