@@ -153,7 +153,7 @@ def test_the_slurm_script_is_bash_and_runs_every_training_stage() -> None:
 
 
 STAND_INS = {
-    "scontrol": "printf '%s\\n' n7 n8",
+    "scontrol": "echo n7; seq 8 20000",  # more than a pipe holds: one whose reader stops early would fail
     # As Slurm does: the command on every node, and a failure of one is a failure.
     "srun": """echo "cores $SRUN_CPUS_PER_TASK" >> calls
 shift
