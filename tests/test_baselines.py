@@ -14,6 +14,7 @@ from torch import tensor
 from fgalign import training
 from fgalign.config import ConfigError, Profile, Section, parse_section
 from fgalign.context import Context
+from fgalign.core.compiled import OPTIONS
 from fgalign.core.modeling import RuntimeConfig, freeze_in_bf16, load_causal_lm, save_model, set_up, use_bf16
 from fgalign.core.raw_data import RawData, RawSplit, Truth, write_raw
 from fgalign.core.schema import SPLITS, Demonstration, Edit, Preference, Prompt, write_records
@@ -410,7 +411,7 @@ def test_every_trainer_compiled_is_the_same_up_to_rounding(kind, context, monkey
         get_method(kind).run(context, config(kind, **RUNS[kind], optim=optim))
         states.append(load_causal_lm(context.out).state_dict())
         layers.append(len(compiled))
-    assert layers == [0, 2] and compiled == [{"dynamic": True}] * 2
+    assert layers == [0, 2] and compiled == [{"dynamic": True, "options": OPTIONS}] * 2
     start = load_causal_lm(context.model("sft")).state_dict()
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-5)

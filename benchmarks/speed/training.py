@@ -17,7 +17,7 @@ def side(options: dict[str, Any], gate: Gate) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
-    from fgalign.core.modeling import compile_layers
+    from fgalign.core.compiled import compile_layers
     from fgalign.methods.figa import FIGAConfig, FIGATrainer
     from fgalign.training import OptimConfig, trainer_arguments
 

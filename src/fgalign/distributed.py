@@ -54,6 +54,18 @@ def prepare_trained(
     return accelerator.prepare(both, optimizer)
 
 
+def clip_gradients(model: nn.Module, max_norm: float, accelerator: Any) -> float:
+    """Scale a model's gradients down to ``max_norm`` where their norm is above it; their norm before. Without
+    accelerate's distributed types gradients within it are left alone, where torch would multiply all of them by 1."""
+    if str(accelerator.distributed_type) != "DistributedType.NO":
+        return float(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
+    if not norm + 1e-6 <= max_norm:
+        nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return float(norm)
+
+
 def shard_frozen(model: Any, accelerator: Any) -> Any:
     """A model that is not trained, in evaluation mode on this process's device; sharded where the policy is."""
     if not is_sharded(accelerator):

@@ -41,13 +41,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgalign.core.compiled import OPTIONS, check_compiler, compute_positions_once, join_products
 from fgalign.core.modeling import (
     Float32Linear,
     attend_in_float32,
-    check_compiler,
     check_float32,
     check_kept,
-    compute_positions_once,
     float32_head,
     freeze_in_bf16,
     full_state,
@@ -61,6 +60,7 @@ from fgalign.core.tensor_ops import entropy, gae, masked_mean, masked_sum, posit
 from fgalign.distributed import (
     by_rows,
     check_supported,
+    clip_gradients,
     full_parameters,
     gather_rollout,
     gathered,
@@ -508,9 +508,10 @@ class FineGrainedPPOTrainer:
             raise ConfigError(f"compile: expected false on {processes} processes, found true")
         if args.compile:
             check_compiler(self.accelerator.device)
-        if args.compile and self.accelerator.device.type == "cpu":
             for each in (model, ref_model, value_model, getattr(reward, "model", None)):
-                compute_positions_once(each)
+                join_products(each)
+                if self.accelerator.device.type == "cpu":
+                    compute_positions_once(each)
         self._engine_name = choose_engine(args.rollout_engine, own=args.use_cpu or peft_config is not None)
         if args.reuse_sampling and (processes > 1 or self._engine_name != "transformers"):
             raise ConfigError("reuse_sampling: expected one process and rollout_engine 'transformers'")
@@ -522,13 +523,13 @@ class FineGrainedPPOTrainer:
         self.model, self.optimizer = prepare_trained(
             both, optimizer, self.accelerator, microbatch_size, args.max_grad_norm
         )
-        compiled = torch.compile if args.compile else _as_it_is
+        compiled = partial(torch.compile, options=OPTIONS) if args.compile else _as_it_is
         self._losses = compiled(partial(experience_losses, args))
         self._old, self._old_values, self._logps = compiled(old_policy), compiled(old_values), compiled(response_logps)
         head = both.head_values if hasattr(both, "value_head") else None
         self._recorder = Recorder(head, args.compile) if args.reuse_sampling else None
         if args.compile and hasattr(reward, "model"):
-            reward.model.compile()
+            reward.model.compile(options=OPTIONS)
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.ref_model = shard_frozen(ref_model, self.accelerator) if ref_model is not None else None
         if isinstance(getattr(reward, "model", None), nn.Module):
@@ -717,7 +718,7 @@ class FineGrainedPPOTrainer:
                 self.accelerator.backward(loss * processes)
             for name, part in zip(losses, parts, strict=True):
                 statistics[name] += part * weight
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm))
+        norm = clip_gradients(self.model, args.max_grad_norm, self.accelerator)
         if not math.isfinite(norm):
             raise TrainingError(
                 f"PPO's gradient is {norm} after {self.gradient_updates} gradient updates, with losses that are "
@@ -872,6 +873,7 @@ class FineGrainedPPOTrainer:
                 self.device,
                 batch_size=self.args.inference_batch_size,
                 compiled=self.args.compile,
+                bf16=self.args.bf16 and not hasattr(self.policy, "merge_adapter"),
                 **ids,
             )
         policy = self.accelerator.unwrap_model(self.model).policy

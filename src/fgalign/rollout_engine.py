@@ -66,7 +66,7 @@ def choose_engine(name: str, own: bool = False) -> str:
 
 class TransformersEngine:
     """Samples from the policy itself, at most ``batch_size`` responses at once. ``gathered`` makes a context in which
-    its weights are whole; ``compiled`` runs it through ``rollout.CompiledDecoder``."""
+    its weights are whole; ``compiled`` runs it through ``rollout.CompiledDecoder``, ``bf16`` from a copy in bf16."""
 
     def __init__(
         self,
@@ -78,15 +78,18 @@ class TransformersEngine:
         pad_token_id: int,
         batch_size: int | None = None,
         compiled: bool = False,
+        bf16: bool = False,
     ) -> None:
         self.policy, self.gathered, self.device, self.batch_size = policy, gathered, device, batch_size
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
         if compiled:
             check_fixed_cache(policy(), pad_token_id)
-        self.decoder = CompiledDecoder(policy()) if compiled else None
+        self.decoder = CompiledDecoder(policy(), bf16) if compiled else None
 
     def sync(self) -> None:
-        """Nothing to do: the policy is its own."""
+        """Take over the policy's weights where the decoder has copies of them."""
+        if self.decoder is not None:
+            self.decoder.sync()
 
     def sample(
         self,

@@ -12,9 +12,9 @@ from pydantic import Field
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fgalign.config import Section
+from fgalign.core.compiled import compile_layers
 from fgalign.core.modeling import (
     attend_in_float32,
-    compile_layers,
     freeze_in_bf16,
     full_state,
     is_sharded,

@@ -7,7 +7,6 @@ import ctypes
 import gc
 import os
 import platform
-import shutil
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache
@@ -278,52 +277,6 @@ def load_whole() -> None:
     from transformers.integrations import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
-
-
-def compile_layers(model: Any) -> None:
-    """Run each layer of a model of transformers through torch.compile, in place and for sequences of any length: one
-    layer is compiled, the others are like it.
-
-    Raises:
-        ConfigError: torch.compile needs a compiler that is not there.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    check_compiler(model.device)
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.compile(dynamic=True)
-
-
-@torch.library.custom_op("fgalign::computed", mutates_args=())
-def _computed(table: Tensor) -> Tensor:
-    return table.clone()
-
-
-@_computed.register_fake
-def _(table: Tensor) -> Tensor:
-    return torch.empty_like(table)
-
-
-def compute_positions_once(model: Any) -> None:
-    """Have a model that torch.compile takes as a whole compute the cosines and sines of its rotary positions once a
-    pass on the CPU: torch would put them into each loop that reads them, forwards and backwards, a tenth of a small
-    model's update. Nothing changes of None, and of a model without such positions."""
-
-    def computed(_: nn.Module, __: Any, tables: Any) -> Any:
-        return tuple(map(_computed, tables)) if isinstance(tables, tuple) else tables
-
-    for module in [] if model is None else model.modules():
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            module.register_forward_hook(computed)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise ConfigError where torch.compile cannot work: on the CPU it needs a C++ compiler."""
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise ConfigError(
-            "compile: torch.compile needs a C++ compiler on the CPU, found none; install g++, or turn it off"
-        )
 
 
 def attend_in_float32(model: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fgalign.core.compiled import OPTIONS, Bf16Copy
 from fgalign.core.tensor_ops import entropy, pad, position_ids, tempered, token_logps
 from fgalign.errors import ConfigError
 
@@ -149,16 +150,23 @@ class Decoder:
 class CompiledDecoder(Decoder):
     """A decoder whose passes over one token a row go through torch.compile, with a key-value cache of fixed size: a
     multiple of ``BLOCK``, and never smaller than one before, so that few shapes are compiled (torch compiles some ten
-    seconds for each, and runs without compiling after eight)."""
+    seconds for each, and runs without compiling after eight). ``bf16`` is for sampling under bf16 autocast: from copies
+    of the model's weights, which ``sync`` renews."""
 
     BLOCK = 64
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self._compiled = torch.compile(model, dynamic=False)
+    def __init__(self, model: Any, bf16: bool = False) -> None:
+        self._copy = Bf16Copy(model) if bf16 else None
+        super().__init__(self._copy.model if self._copy else model)
+        self._compiled = torch.compile(self.model, dynamic=False, options=OPTIONS)
         self._caches: dict[int, Any] = {}
         self._length = 0
         self._padding = 0
+
+    def sync(self) -> None:
+        """Take over weights that have changed."""
+        if self._copy is not None:
+            self._copy.sync()
 
     def start(self, rows: int, width: int) -> None:
         """See ``Decoder``. A cache is kept for as many rows as it has, because what is compiled is bound to its memory,
@@ -213,20 +221,23 @@ def check_fixed_cache(model: Any, pad_token_id: int) -> None:
 class Recorder:
     """Keeps what a policy says of the tokens that it samples, so that no pass over the finished responses is needed:
     the same numbers up to rounding. ``value_head`` (None: values are 0) maps hidden states (B, H) to values (B,);
-    ``compiled`` runs the arithmetic through torch.compile."""
+    ``compiled`` draws a token and says what there is to say of it in one go, through torch.compile."""
 
     def __init__(self, value_head: Callable[[Tensor], Tensor] | None = None, compiled: bool = False) -> None:
         self.value_head = value_head
-        self._said = torch.compile(_said) if compiled else _said
+        self._draw = torch.compile(_draw_at_once, options=OPTIONS) if compiled else _draw
         self._batches: list[list[tuple[Tensor, Tensor, Tensor]]] = []
 
     def start(self) -> None:
         """The tokens to come are those of further rows."""
         self._batches.append([])
 
-    def note(self, logits: Tensor, hidden: Tensor | None, drawn: Tensor, temperature: float) -> None:
-        """Keep the next token of each row: logits (B, V), hidden states (B, H) before the value head, ids (B,)."""
-        self._batches[-1].append(self._said(logits, hidden, drawn, temperature, self.value_head))
+    def draw(self, logits: Tensor, hidden: Tensor | None, uniform: Tensor, temperature: float) -> Tensor:
+        """``sample_tokens``, whose arguments these are, keeping what is said of the tokens; ``hidden`` are the states
+        (B, H) before the value head."""
+        drawn, *said = self._draw(logits, hidden, uniform, temperature, self.value_head)
+        self._batches[-1].append(tuple(said))
+        return drawn
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, values and entropies of all tokens noted so far, (B, T) each, any value outside the mask;
@@ -244,18 +255,47 @@ class Recorder:
         return logps, values, entropies
 
 
-def _said(
+Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Ids, their log-probabilities, values of the states before them, entropies of their distributions: (B,) each."""
+
+
+def _draw(
     logits: Tensor,
     hidden: Tensor | None,
-    drawn: Tensor,
+    uniform: Tensor,
     temperature: float,
     value_head: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the drawn token, value of the state before it, and entropy of its distribution: (B,) each."""
+) -> Drawn:
+    drawn = sample_tokens(logits, uniform, temperature)
     scaled = tempered(logits, temperature)
     logps = token_logps(scaled, drawn)
-    values = torch.zeros_like(logps) if value_head is None else value_head(hidden)
-    return logps, values, entropy(scaled)
+    return drawn, logps, _values(logps, hidden, value_head), entropy(scaled)
+
+
+def _draw_at_once(
+    logits: Tensor,
+    hidden: Tensor | None,
+    uniform: Tensor,
+    temperature: float,
+    value_head: Callable[[Tensor], Tensor] | None,
+) -> Drawn:
+    """``_draw`` with one exponential a logit in place of three, up to rounding: they are taken in float32 and added up
+    in float64."""
+    scaled = tempered(logits, temperature).float()
+    above = scaled.amax(-1, keepdim=True)
+    weights = (scaled - above).exp()
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, uniform.to(total.device).unsqueeze(-1) * total, right=True)
+    drawn = drawn.clamp(max=logits.shape[-1] - 1)
+    log_total = total.log().float()
+    logps = (scaled.gather(-1, drawn) - above - log_total).squeeze(-1)
+    expected = (weights * (scaled - above)).sum(-1, keepdim=True) / total.float()
+    return drawn.squeeze(-1), logps, _values(logps, hidden, value_head), (log_total - expected).squeeze(-1)
+
+
+def _values(logps: Tensor, hidden: Tensor | None, value_head: Callable[[Tensor], Tensor] | None) -> Tensor:
+    return torch.zeros_like(logps) if value_head is None else value_head(hidden)
 
 
 @torch.no_grad()
@@ -278,7 +318,7 @@ def sample_responses(
         prompt_ids, prompt_mask: (B, P), left-padded.
         uniform: (B, T) random numbers, see ``uniforms``.
         decoder: what runs the model (None: a new ``Decoder``).
-        recorder: is told of each token.
+        recorder: draws the tokens (None: ``sample_tokens`` does) and keeps what the model says of them.
     """
     rows, budget = uniform.shape
     width, device = prompt_ids.shape[1], prompt_ids.device
@@ -295,10 +335,11 @@ def sample_responses(
     tokens, masks = [], []
     for step in range(budget):
         logits, state = decoder.step(ids, mask, positions, width + step, hidden)
-        drawn = sample_tokens(logits, uniform[:, step], temperature)
+        if recorder is None:
+            drawn = sample_tokens(logits, uniform[:, step], temperature)
+        else:
+            drawn = recorder.draw(logits, state, uniform[:, step], temperature)
         drawn = torch.where(finished, pad_token_id, drawn)
-        if recorder is not None:
-            recorder.note(logits, state, drawn, temperature)
         tokens.append(drawn)
         masks.append(~finished)
         mask[:, width + step] = masks[-1]
