@@ -35,7 +35,7 @@ BEGIN, END = "<!-- table: python benchmarks/compare.py -->\n", "<!-- end of tabl
 def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = "ppo, token_rewards, ppo_ending, figa, figa_kernels, labelling, gpu, growth"
+    names = "ppo, ppo_larger, token_rewards, ppo_ending, figa, figa_kernels, labelling, gpu, growth"
     parser.add_argument("--quick", action="store_true", help="tiny sizes in one process: shows that it runs, no more")
     only = f"some of {names}; printed, and written only to --out, in the place of the rows of the same name"
     parser.add_argument("--only", nargs="+", metavar="NAME", help=only)
@@ -184,7 +184,7 @@ def quick(wanted: bool) -> dict[str, Any]:
         intermediate_size=32,
         prompts=8,
     )
-    return {"quick": True, "ppo": ppo, "pairs": tiny, "long_pairs": tiny, "label_pairs": tiny}
+    return {"quick": True, "ppo": ppo, "larger": ppo, "pairs": tiny, "long_pairs": tiny, "label_pairs": tiny}
 
 
 def render(out: Path, page: Path | None) -> None:

@@ -57,6 +57,8 @@ STAGE_FUNCTIONS = {
     "samples": ("judge", "run_samples"),
     "search": ("studies", "run_search"),
     "choose_search": ("compare", "run_choose_search"),
+    "search_rewards": ("studies", "run_search_rewards"),
+    "choose_rewards": ("compare", "run_choose_rewards"),
     "study_edits": ("data", "run_study_edits"),
     "overoptimisation": ("compare", "run_overoptimisation"),
 }
@@ -417,16 +419,23 @@ def known_world(smoke: Path):
     from dataclasses import replace
 
     from fgalign.config import load_profile
-    from fgalign.stages.compare import run_choose_search, run_credit, run_judge_study, run_overoptimisation
+    from fgalign.stages.compare import (
+        run_choose_rewards,
+        run_choose_search,
+        run_credit,
+        run_judge_study,
+        run_overoptimisation,
+    )
     from fgalign.stages.data import run_study_edits
     from fgalign.stages.reward_models import run_token_models
-    from fgalign.stages.studies import run_search, run_study
+    from fgalign.stages.studies import run_search, run_search_rewards, run_study
     from fgalign.stages.train import run_reward_model
 
     profile = load_profile("smoke", smoke)
     token = profile.params["rm_token"]
     methods = {**profile.params["methods"]}
     methods["figa"] = {**methods["figa"], "search": {"optim.learning_rate": [1.0e-4, 3.0e-4]}}
+    methods["ppo_token"] = {**methods["ppo_token"], "search": {"trainer.learning_rate": [1.0e-3]}}
     noisy = {"miss_rate": 0.5, "wrong_correction_rate": 0.5}
     few = {"trainer.updates": 1, "trainer.kl_coef": 0.0}
     profile = replace(
@@ -477,6 +486,8 @@ def known_world(smoke: Path):
         run_judge_study(profile, study)
     run_search(profile)
     run_choose_search(profile)
+    run_search_rewards(profile)
+    run_choose_rewards(profile)
     run_overoptimisation(profile)
     run_credit(profile, ["ppo_preference", "ppo_edit", "ppo_token"])
     return profile
@@ -545,10 +556,38 @@ def test_texts_are_scored_by_the_judge(known_world) -> None:
 
 def test_the_search_chooses_the_candidate_that_wins_most(known_world) -> None:
     rows = rows_of(known_world.sweeps / "metrics" / "search.csv")
-    assert [(row["method"], row["candidate"]) for row in rows] == [("figa", "0"), ("figa", "1")]
-    assert [row["parameters"] for row in rows] == ["optim.learning_rate=0.0001", "optim.learning_rate=0.0003"]
+    assert [(row["method"], row["candidate"], row["parameters"]) for row in rows] == [
+        ("figa", "0", "optim.learning_rate=0.0001"),
+        ("figa", "1", "optim.learning_rate=0.0003"),
+        ("ppo_token", "0", "trainer.learning_rate=0.001"),
+    ]
     wins = [float(row["win"]) for row in rows]
-    assert [row["chosen"] for row in rows] == (["1", "0"] if wins[0] >= wins[1] else ["0", "1"])
+    assert [row["chosen"] for row in rows] == (["1", "0", "1"] if wins[0] >= wins[1] else ["0", "1", "1"])
+    # The method itself has a learning curve; its candidate, which is judged when it is trained, has none.
+    assert "curve" in known_world.params["methods"]["ppo_token"]
+    assert (known_world.data / "search" / "ppo_token" / "0" / "rollouts.jsonl").read_text() == ""
+
+
+def test_nothing_is_trained_when_one_candidate_cannot_be(known_world) -> None:
+    from dataclasses import replace
+
+    from fgalign.errors import ConfigError
+    from fgalign.stages.studies import run_search, run_search_rewards, run_study
+
+    def changed(section: str, value: object):
+        return replace(known_world, params={**known_world.params, section: value})
+
+    figa = {**known_world.params["methods"]["figa"], "search": {"optim.learning_rate": [1.0e-4, -1.0]}}
+    rates = {"rm_token": {"optim.learning_rate": [1.0e-3, -1.0]}}
+    variants = {"figa_signals": {"method": "figa", "variants": {"a": {}, "b": {"change": {"signal": "no_such"}}}}}
+    trained = {path: path.stat().st_mtime_ns for path in known_world.data.rglob("*")}
+    with pytest.raises(ConfigError, match=r"methods.figa.optim.learning_rate: Input should be"):
+        run_search(changed("methods", {**known_world.params["methods"], "figa": figa}))
+    with pytest.raises(ConfigError, match=r"rm_token.optim.learning_rate: Input should be"):
+        run_search_rewards(changed("search", {"seed": 1, "reward_models": rates}))
+    with pytest.raises(ConfigError, match=r"methods.figa.signal: Input should be"):
+        run_study(changed("studies", variants), "figa_signals")
+    assert {path: path.stat().st_mtime_ns for path in known_world.data.rglob("*")} == trained
 
 
 def test_the_search_chooses_reward_models_by_what_they_are_for(known_world) -> None:
@@ -567,7 +606,7 @@ def test_the_search_chooses_reward_models_by_what_they_are_for(known_world) -> N
         assert [row["chosen"] for row in pair] == (["1", "0"] if first >= second else ["0", "1"])
     # Measured on the validation split, not on the test split.
     held_out = {split: HeldOut(known_world, split) for split in ("validation", "test")}
-    model = known_world.data / "search" / "rm_token" / "1"
+    model = known_world.data / "search_rewards" / "rm_token" / "1"
     found = {split: held.measure(held.load_from("rm_token", model), "token") for split, held in held_out.items()}
     assert round(found["validation"].metrics["token_auroc"], 6) == float(rows[3]["value"])
     assert found["test"].metrics["token_auroc"] != found["validation"].metrics["token_auroc"]
@@ -606,7 +645,7 @@ def test_reward_models_of_a_source_without_truth(known_world, monkeypatch, capsy
     assert "rewards" in written["token_examples.json"][0] and "gold" not in written["token_examples.json"][0]
     assert "the source marks no flaws" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"expected marks of flaws, to choose rm_token by its token_auroc, found none"):
-        compare.run_choose_search(known_world)
+        compare.run_choose_rewards(known_world)
     # Prompts of the world have one pair each.
     assert all(row["prompt"] == row["id"] for row in written["reward_pairs.csv"])
 
@@ -663,7 +702,7 @@ def test_the_grid_of_the_search_is_a_product_in_the_order_of_the_profile(known_w
     from dataclasses import replace
 
     from fgalign.errors import ConfigError
-    from fgalign.study import candidates, search_section
+    from fgalign.study import candidates, reward_candidates, search_section
 
     def with_grid(grid: object):
         params = {**known_world.params, "methods": {"figa": {"search": grid}}, "search": {"seed": 1}}
@@ -681,7 +720,13 @@ def test_the_grid_of_the_search_is_a_product_in_the_order_of_the_profile(known_w
     with pytest.raises(ConfigError, match="no method has a `search` grid"):
         candidates(with_grid({}))
     with_reward = with_grid({}).params | {"search": {"seed": 1, "reward_models": {"rm_edit": {"max_length": [64, 96]}}}}
-    assert candidates(replace(known_world, params=with_reward)) == []
+    found = reward_candidates(replace(known_world, params=with_reward))
+    assert [(item.method, item.number, item.changes) for item in found] == [
+        ("rm_edit", 0, {"max_length": 64}),
+        ("rm_edit", 1, {"max_length": 96}),
+    ]
+    with pytest.raises(ConfigError, match=r"search.reward_models: expected a grid for a reward model, found none"):
+        reward_candidates(with_grid({}))
     with pytest.raises(ConfigError, match=r"search.seed: expected one of the seeds \[1, 2\], found 9"):
         search_section(replace(known_world, params={**known_world.params, "search": {"seed": 9}}))
 
@@ -708,11 +753,12 @@ def test_methods_that_differ_in_one_thing_share_what_the_search_chooses(known_wo
             together(group)
 
 
-def test_the_profile_uses_what_the_search_chose() -> None:
+@pytest.mark.parametrize("name", ["mini", "human"])
+def test_the_profile_uses_what_the_search_chose(name: str) -> None:
     from fgalign.config import load_profile
     from fgalign.study import candidates
 
-    profile = load_profile("mini", ROOT)
+    profile = load_profile(name, ROOT)
     rows = rows_of(profile.sweeps / "metrics" / "search.csv")
     grid = {(item.method, str(item.number)): item.changes for item in candidates(profile)}
     assert {(row["method"], row["candidate"]) for row in rows} == set(grid)
@@ -723,7 +769,7 @@ def test_the_profile_uses_what_the_search_chose() -> None:
                 used = entry
                 for part in key.split("."):
                     used = used[part]
-                assert used == value, f"params.yaml: methods.{row['method']}.{key}: the search chose {value}"
+                assert used == value, f"{profile.file}: methods.{row['method']}.{key}: the search chose {value}"
 
 
 def test_the_committed_search_of_reward_models_is_the_profiles_grid() -> None:
@@ -758,6 +804,24 @@ def test_the_committed_search_of_reward_models_is_the_profiles_grid() -> None:
     assert f"{quality['position_auroc']:.2f}" == "0.62" and max(long) < quality["position_auroc"]
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert "(AUROC 0.52 to 0.55 on 64 validation answers)" in text and "every rate does better, 0.57 to 0.61." in text
+
+
+def test_what_is_said_of_the_searched_rates_of_human_is_so() -> None:
+    """FIGA's and the PPOs' are the lowest of their grids."""
+    text = " ".join((ROOT / "paper" / "main.typ").read_text(encoding="utf-8").split())
+    assert "FIGA's and the PPOs' are the lowest of their grids" in text
+    rows = rows_of(ROOT / "results/human/sweeps/metrics/search.csv")
+    wins: dict[str, dict[float, float]] = {}
+    for row in rows:
+        wins.setdefault(row["method"], {})[float(row["parameters"].split("=")[1])] = float(row["win"])
+    chosen = {row["method"]: float(row["parameters"].split("=")[1]) for row in rows if row["chosen"] == "1"}
+    assert chosen == {method: min(found) for method, found in wins.items()}
+    figa = [f"{100 * win:.1f}" for win in wins.pop("figa").values()]
+    means = [f"{100 * sum(found[rate] for found in wins.values()) / 3:.1f}" for rate in (5e-5, 2e-4, 1e-3)]
+    assert (figa, means) == (["20.3", "20.3", "20.3", "14.1"], ["23.4", "20.3", "16.1"])
+    text = " ".join((ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split())
+    assert f"FIGA's win rates are {', '.join(figa[:3])} and {figa[3]}%" in text
+    assert f"the PPOs' means {', '.join(means[:2])} and {means[2]}%" in text
 
 
 def test_what_the_paper_says_of_the_shared_learning_rate_is_so() -> None:

@@ -971,10 +971,11 @@ def test_settings_by_use(tmp_path):
     params = {"seeds": [1], "runtime": {}, "methods": methods, "search": {"seed": 1}, "source": {"seed": 0}}
     params["evaluation"] = {"judge": "j"}
     paths = write_settings(Profile("mini", tmp_path, params, tmp_path / "params.yaml"))
-    evaluation, settings, recipe, search = (json.loads(path.read_text()) for path in paths)
+    evaluation, settings, recipe, search, search_rewards = (json.loads(path.read_text()) for path in paths)
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
-        f"data/mini/{name}.json" for name in ("evaluation", "settings", "recipe", "search")
+        f"data/mini/{name}.json" for name in ("evaluation", "settings", "recipe", "search", "search_rewards")
     ]
+    assert search_rewards == {}
     assert evaluation == {"evaluation": {"judge": "j"}, "seeds": [1], "runtime": {}}
     assert settings == {"seeds": [1], "evaluation": {"judge": "j"}, "methods": methods, "search": {"seed": 1}}
     assert recipe == params
@@ -989,11 +990,15 @@ def test_settings_by_use(tmp_path):
     # So it is with reward models that have a grid, and only with them.
     params["rm_edit"] = {"start": "sft", "optim": {"max_steps": 3, "learning_rate": 1}}
     params["rm_token"] = {"start": "sft"}
-    params["search"] = {"seed": 1, "reward_models": {"rm_edit": {"optim.max_steps": [3, 9], "start": ["base"]}}}
-    *_, path = write_settings(Profile("mini", tmp_path, params, tmp_path / "params.yaml"))
+    grids = {"rm_edit": {"optim.max_steps": [3, 9], "start": ["base"]}}
+    params["search"] = {"seed": 1, "together": [["a"]], "reward_models": grids}
+    *_, of_methods, path = write_settings(Profile("mini", tmp_path, params, tmp_path / "params.yaml"))
+    assert (of_methods.name, path.name) == ("search.json", "search_rewards.json")
+    # Neither search runs again when what the other one tries is changed.
+    assert json.loads(of_methods.read_text()) == search | {"search": {"seed": 1, "together": [["a"]]}}
     search = json.loads(path.read_text())
-    assert search["rm_edit"] == {"optim": {"learning_rate": 1}} and "rm_token" not in search
-    assert search["search"] == params["search"]
+    own = {"seed": 1, "reward_models": grids}
+    assert search == {"runtime": {}, "rm_edit": {"optim": {"learning_rate": 1}}, "search": own}
     params["search"] = {"seed": 1, "reward_models": ["rm_edit"]}
     with pytest.raises(ConfigError, match=r"params.yaml: search.reward_models: Input"):
         write_settings(Profile("mini", tmp_path, params, tmp_path / "params.yaml"))

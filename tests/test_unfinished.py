@@ -55,7 +55,7 @@ def test_only_what_was_not_ready_is_trained_again(profile, capsys):
     capsys.readouterr()
     train(profile, tried)
     assert tried == [1, 2, 2, 3, 3]
-    assert "sft: ready since the run that stopped: seeds 1, 2\n" in capsys.readouterr().out
+    assert "sft: ready since the run that stopped: seed-1, seed-2\n" in capsys.readouterr().out
     assert models(profile) == {"seed-1": "attempt 1", "seed-2": "attempt 3", "seed-3": "attempt 5"}
     assert [path.name for path in (profile.data / "unfinished").iterdir()] == []
     assert sorted(path.name for path in profile.models("sft").iterdir()) == ["seed-1", "seed-2", "seed-3"]
@@ -78,7 +78,7 @@ def new_input(profile):
 
 
 def truncated_model(profile):
-    (profile.data / "unfinished" / "sft" / "seeds" / "seed-1" / "model").write_text("")
+    (profile.data / "unfinished" / "sft" / "parts" / "seed-1" / "model").write_text("")
 
 
 def broken_mark(profile):
@@ -136,7 +136,7 @@ def test_a_process_that_is_killed_leaves_what_was_ready(profile):
     process.start()
     process.join()
     assert process.exitcode == 9
-    assert (profile.data / "unfinished" / "sft" / "seeds" / "seed-2" / "model").exists()  # nobody could remove it
+    assert (profile.data / "unfinished" / "sft" / "parts" / "seed-2" / "model").exists()  # nobody could remove it
     tried = []
     train(profile, tried)
     assert tried == [2, 3] and list(models(profile)) == ["seed-1", "seed-2", "seed-3"]
@@ -154,11 +154,39 @@ def test_two_processes_cannot_run_one_stage(profile):
 def test_launched_processes_that_write_nothing_skip_what_the_first_one_has(profile, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(unfinished, "agreed", lambda value: [2])
+    monkeypatch.setattr(unfinished, "agreed", lambda value: ["seed-2"])
     monkeypatch.setattr(unfinished, "wait_for_everyone", lambda: None)
-    with unfinished.stage_seeds(profile, "sft", "cpu") as seeds:
-        assert seeds.ready == [2]
-        (seeds.folder / "seed-1").mkdir()
-        seeds.finish(1, [])
-    assert not seeds.folder.exists() and not profile.models("sft").exists()
+    names = ["seed-1", "seed-2"]
+    with unfinished.stage_parts(profile, "sft", names, profile.models("sft"), "cpu") as parts:
+        assert parts.ready == ["seed-2"]
+        (parts.folder / "seed-1").mkdir()
+        parts.finish("seed-1", [])
+    assert not parts.folder.exists() and not profile.models("sft").exists()
     assert not (profile.data / "unfinished").exists()
+
+
+def test_a_search_goes_on_where_it_stopped(profile, monkeypatch):
+    from fgalign.stages import studies
+
+    tried = []
+
+    def align(context, method, changes):
+        assert context.edits("train") and context.out.is_dir()
+        tried.append((method, changes["rate"]))
+        (context.out / "model").write_text(f"attempt {len(tried)}")
+        if len(tried) == 2:
+            raise TrainingError("no memory")
+
+    monkeypatch.setattr(studies, "align", align)
+    monkeypatch.setattr(studies, "method_config", lambda *_: None)
+    profile.params["methods"] = {name: {"kind": name, "search": {"rate": [1, 2]}} for name in ("a", "b")}
+    profile.params["search"] = {"seed": 1}
+    with pytest.raises(TrainingError):
+        studies.run_search(profile)
+    assert tried == [("a", 1), ("a", 2)] and not (profile.data / "search").exists()
+    studies.run_search(profile)
+    assert tried[2:] == [("a", 2), ("b", 1), ("b", 2)]
+    found = {path.parent.relative_to(profile.data).as_posix(): path.read_text() for path in profile.data.rglob("model")}
+    attempts = {"search/a/0": 1, "search/a/1": 3, "search/b/0": 4, "search/b/1": 5}
+    assert found == {place: f"attempt {number}" for place, number in attempts.items()}
+    assert list((profile.data / "unfinished").iterdir()) == []

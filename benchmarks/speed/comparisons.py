@@ -72,6 +72,9 @@ class Session:
     trl_python: Path | None = None
     quick: bool = False
     ppo: PPOWorkload = field(default_factory=PPOWorkload)
+    larger: PPOWorkload = field(
+        default_factory=lambda: PPOWorkload(hidden_size=384, layers=6, heads=6, intermediate_size=1024)
+    )
     pairs: PairWorkload = field(default_factory=PairWorkload)
     long_pairs: PairWorkload = field(
         default_factory=lambda: PairWorkload(
@@ -159,9 +162,7 @@ def ppo(session: Session) -> list[Row]:
     """One PPO update, against TRL."""
     if session.trl_python is None:
         return []
-    sides = dict(PPO_SIDES)
-    if MATRIX_UNITS in describe(session.threads)["instructions"]:
-        sides |= BF16_SIDES
+    sides = {**PPO_SIDES, **bf16_sides(session)}
     answers = session.run(session.work("ppo", session.ppo), sides, WARMUP_COMPILED)
     rows = against_trl(answers, "PPO", Target(">=", 3.0))
     for learner, title in LEARNERS.items():
@@ -169,6 +170,21 @@ def ppo(session: Session) -> list[Row]:
         both = (per_second(answers[side]) for side in (f"{learner} products", TRL_PPO))
         rows.append(row(name, TRL_PPO, "response tokens", "1/s", *both, note="a bound, not a trainer"))
     return rows
+
+
+def bf16_sides(session: Session) -> Sides:
+    """``BF16_SIDES`` where the processor has matrix units for it."""
+    return BF16_SIDES if MATRIX_UNITS in describe(session.threads)["instructions"] else {}
+
+
+def ppo_larger(session: Session) -> list[Row]:
+    """The same with a larger model: our fastest way of each learner on this processor, against TRL."""
+    if session.trl_python is None:
+        return []
+    fastest = bf16_sides(session) or {name: PPO_SIDES[name] for name in ("separate compiled", "head compiled")}
+    sides = {TRL_PPO: PPO_SIDES[TRL_PPO], **fastest}
+    answers = session.run(session.work("ppo_larger", session.larger), sides, WARMUP_COMPILED)
+    return against_trl(answers, "PPO, 12 million parameters", Target(">=", 3.0))
 
 
 def token_rewards(session: Session) -> list[Row]:
@@ -290,6 +306,7 @@ def labelling(session: Session) -> list[Row]:
 
 COMPARISONS: dict[str, Callable[[Session], list[Row]]] = {
     "ppo": ppo,
+    "ppo_larger": ppo_larger,
     "token_rewards": token_rewards,
     "ppo_ending": ppo_ending,
     "figa": figa,

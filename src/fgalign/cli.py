@@ -268,7 +268,7 @@ def judge_study(name: Name, profile: ProfileOption = None) -> None:
 
 @app.command()
 def search(profile: ProfileOption = None) -> None:
-    """Every candidate of the hyperparameter grids of methods and reward models, trained with one seed."""
+    """Every candidate of the methods' hyperparameter grids, trained with one seed."""
     with stage(profile, "search") as current:
         from fgalign.stages.studies import run_search
 
@@ -277,11 +277,29 @@ def search(profile: ProfileOption = None) -> None:
 
 @app.command()
 def choose_search(profile: ProfileOption = None) -> None:
-    """The candidate of each method and reward model that does best on the validation split."""
+    """The candidate of each method that wins most often on the validation split."""
     with stage(profile, "choose_search") as current:
         from fgalign.stages.compare import run_choose_search
 
         run_choose_search(current)
+
+
+@app.command()
+def search_rewards(profile: ProfileOption = None) -> None:
+    """Every candidate of the reward models' hyperparameter grids, trained with one seed."""
+    with stage(profile, "search_rewards") as current:
+        from fgalign.stages.studies import run_search_rewards
+
+        run_search_rewards(current)
+
+
+@app.command()
+def choose_rewards(profile: ProfileOption = None) -> None:
+    """The candidate of each reward model that does best on the validation split."""
+    with stage(profile, "choose_rewards") as current:
+        from fgalign.stages.compare import run_choose_rewards
+
+        run_choose_rewards(current)
 
 
 @app.command()
@@ -331,7 +349,7 @@ def benchmark(profile: ProfileOption = None) -> None:
 
 @app.command()
 def settings(profile: ProfileOption = None) -> None:
-    """The profile's settings by use: evaluation.json, settings.json, recipe.json and search.json."""
+    """The profile's settings by use: evaluation, settings, recipe, search and search_rewards (.json)."""
     with stage(profile, "settings", tracked=False) as current:
         from fgalign.report.settings import write_settings
 

@@ -187,7 +187,8 @@ class FineGrainedPPOConfig:
     """Stay on the CPU even where there is a GPU."""
     compile: bool = False
     """Run sampling, scoring and update through torch.compile. The first updates take about a minute more, later ones
-    less time. For one process; on the CPU it needs a C++ compiler."""
+    less time. For one process; on the CPU it needs a C++ compiler. With ``bf16`` sampling reads copies of the linear
+    weights in bf16, 2 bytes each."""
     reuse_sampling: bool = False
     """Take log-probabilities, entropies and (from a value head) values of the old policy from the passes that sampled
     the responses, up to rounding; that saves a pass over them. For one process and the engine transformers."""
@@ -601,7 +602,8 @@ class FineGrainedPPOTrainer:
         self, prompts: Sequence[Sequence[int]], uniform: Tensor | None = None, recorder: Recorder | None = None
     ) -> Rollout:
         """One response of the current policy to each prompt; ``uniform`` (B, T) fixes the random numbers. Every process
-        gives all prompts and gets all responses. ``recorder`` is told of each token (engine transformers only)."""
+        gives all prompts and gets all responses. ``recorder`` draws the tokens and keeps what is said of them
+        (engine transformers only)."""
         if uniform is None:
             uniform = uniforms(len(prompts), self.args.response_length, self._generator)
         if self._weights_changed:

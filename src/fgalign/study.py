@@ -58,8 +58,8 @@ class SearchSection(Section):
     together: list[list[str]] = Field(default_factory=list)
     """Groups of methods that are compared for one difference alone, and so share one choice (``choose``)."""
     reward_models: dict[RewardModel, Grid] = Field(default_factory=dict)
-    """Grids of reward models. Methods are searched with the reward models of the pipeline, so these are to be chosen,
-    entered and trained before them."""
+    """Grids of reward models, which a stage of their own tries. Methods are searched with the reward models of the
+    pipeline, so these are to be chosen, entered and trained before them."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def candidates(profile: Profile) -> list[Candidate]:
     """Every point of the grid of every method that has one, in the order of the profile.
 
     Raises:
-        ConfigError: neither a method nor a reward model has a grid, or a grid is not lists by dotted key.
+        ConfigError: no method has a grid, or a grid is not lists by dotted key.
     """
     found: list[Candidate] = []
     for method, entry in profile.params.get("methods", {}).items():
@@ -136,14 +136,20 @@ def candidates(profile: Profile) -> list[Candidate]:
                 f"{profile.file}: methods.{method}.search: expected lists of values by key, found {grid!r}"
             )
         found += _points(method, grid)
-    if not found and not reward_candidates(profile):
-        raise ConfigError(f"{profile.file}: methods: no method has a `search` grid, nor has a reward model")
+    if not found:
+        raise ConfigError(f"{profile.file}: methods: no method has a `search` grid")
     return found
 
 
 def reward_candidates(profile: Profile) -> list[Candidate]:
-    """Every point of the grids of reward models (``search.reward_models``), in the order of the profile."""
+    """Every point of the grids of reward models (``search.reward_models``), in the order of the profile.
+
+    Raises:
+        ConfigError: there is no grid.
+    """
     grids = search_section(profile).reward_models
+    if not grids:
+        raise ConfigError(f"{profile.file}: search.reward_models: expected a grid for a reward model, found none")
     return [candidate for model, grid in grids.items() for candidate in _points(model, grid)]
 
 

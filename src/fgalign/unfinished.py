@@ -1,8 +1,8 @@
-"""Seeds that were ready when their stage stopped, by an error, a signal or a machine that went away.
+"""Parts of a stage, such as seeds, that were ready when it stopped, by an error, a signal or a machine that went away.
 
-A stage writes its seeds into ``data/<profile>/unfinished/<stage>`` and moves them to their place once all are ready.
-What it finds there when it starts again it takes over, if nothing has changed that a seed can depend on: the profile,
-this package's code, the libraries, the processor, and the files that the seed had read. Everything else there goes.
+A stage writes its parts into ``data/<profile>/unfinished/<stage>`` and moves them to their place once all are ready.
+What it finds there when it starts again it takes over, if nothing has changed that a part can depend on: the profile,
+this package's code, the libraries, the processor, and the files that the part had read. Everything else there goes.
 """
 
 from __future__ import annotations
@@ -31,31 +31,36 @@ PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Seeds:
-    """The seeds of a stage while it runs. ``folder`` takes one folder a seed, ``seed-<s>``; those of ``ready`` are
-    there already."""
+class Parts:
+    """The parts of a stage while it runs. ``folder`` takes one folder a part, its name being a path in there; those of
+    ``ready`` are there already."""
 
     folder: Path
-    ready: Sequence[int]
+    ready: Sequence[str]
     marks: Path | None
-    """Where each seed that is ready leaves a file; None in launched processes that write nothing."""
+    """Where each part that is ready leaves a file; None in launched processes that write nothing."""
     conditions: str
 
-    def finish(self, seed: int, inputs: Iterable[Path]) -> None:
-        """Note that a seed is ready, and which files or folders it has read."""
+    def finish(self, name: str, inputs: Iterable[Path]) -> None:
+        """Note that a part is ready, and which files or folders it has read."""
         if self.marks is not None:
             mark = {
                 "conditions": self.conditions,
                 "inputs": {str(path): stamps(path) for path in sorted(inputs)},
-                "sizes": sizes(self.folder / f"seed-{seed}"),
+                "sizes": sizes(self.folder / name),
             }
-            write_json(self.marks / f"seed-{seed}.json", mark)
+            write_json(self.marks / f"{name}.json", mark)
 
 
 @contextmanager
-def stage_seeds(profile: Profile, stage: str, device: str) -> Iterator[Seeds]:
-    """The seeds of a stage, put in place together (``Profile.models``) when the block ends well. When it does not,
-    those that are ready stay. Of several launched processes the first one keeps and writes.
+def stage_parts(profile: Profile, stage: str, names: Sequence[str], target: Path, device: str) -> Iterator[Parts]:
+    """The parts of a stage, put in place together when the block ends well. When it does not, those that are ready
+    stay. Of several launched processes the first one keeps and writes.
+
+    Args:
+        names: of the parts: paths relative to the folder that they are in.
+        target: that folder's place.
+        device: what they are made on.
 
     Raises:
         InputError: another process runs this stage.
@@ -63,26 +68,31 @@ def stage_seeds(profile: Profile, stage: str, device: str) -> Iterator[Seeds]:
     conditions = digest({**conditions_of(profile), "device": device})
     if not is_main_process():
         with tempfile.TemporaryDirectory() as folder:
-            yield Seeds(Path(folder), agreed([]), None, conditions)
+            yield Parts(Path(folder), agreed([]), None, conditions)
             wait_for_everyone()
         return
     aside = profile.data / "unfinished" / stage
-    folder, marks = aside / "seeds", aside / "ready"
+    folder, marks = aside / "parts", aside / "ready"
+
+    def keep(kept: Sequence[str]) -> None:
+        remove_others(folder, {folder / name for name in kept})
+        remove_others(marks, {marks / f"{name}.json" for name in kept})
+
     with alone(aside):
-        ready = [seed for seed in profile.seeds if is_ready(folder, marks, seed, conditions)]
-        remove_others(folder, marks, ready)
+        ready = [name for name in names if is_ready(folder, marks, name, conditions)]
+        keep(ready)
         try:
-            yield Seeds(folder, agreed(ready), marks, conditions)
+            yield Parts(folder, agreed(ready), marks, conditions)
             wait_for_everyone()
         except BaseException:
-            remove_others(folder, marks, [seed for seed in profile.seeds if (marks / f"seed-{seed}.json").exists()])
+            keep([name for name in names if (marks / f"{name}.json").exists()])
             raise
-        put_dir(folder, profile.models(stage))
+        put_dir(folder, target)
         shutil.rmtree(aside)
 
 
 def conditions_of(profile: Profile) -> dict[str, Any]:
-    """What a seed can depend on beside the files that it reads."""
+    """What a part can depend on beside the files that it reads."""
     import torch
 
     code = {str(path.relative_to(PACKAGE)): sha256(path) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -110,15 +120,15 @@ def digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def is_ready(folder: Path, marks: Path, seed: int, conditions: str) -> bool:
-    """Whether a seed's folder is there as it was when the seed was ready, and under the same conditions."""
+def is_ready(folder: Path, marks: Path, name: str, conditions: str) -> bool:
+    """Whether a part's folder is there as it was when the part was ready, and under the same conditions."""
     try:
-        mark = read_json(marks / f"seed-{seed}.json")
+        mark = read_json(marks / f"{name}.json")
         return (
             mark["conditions"] == conditions
-            and (folder / f"seed-{seed}").is_dir()
+            and (folder / name).is_dir()
             and all(stamps(Path(path)) == stamp for path, stamp in mark["inputs"].items())
-            and mark["sizes"] == sizes(folder / f"seed-{seed}")
+            and mark["sizes"] == sizes(folder / name)
         )
     except (InputError, KeyError, TypeError):
         return False
@@ -136,14 +146,15 @@ def sizes(folder: Path) -> dict[str, int]:
     return {name: size for name, (size, _) in stamps(folder).items()}
 
 
-def remove_others(folder: Path, marks: Path, ready: Sequence[int]) -> None:
-    """Leave only what belongs to the seeds that are ready."""
-    names = [f"seed-{seed}" for seed in ready]
-    for parent, keep in ((folder, names), (marks, [f"{name}.json" for name in names])):
-        parent.mkdir(parents=True, exist_ok=True)
-        for path in parent.iterdir():
-            if path.name not in keep:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+def remove_others(folder: Path, kept: set[Path]) -> None:
+    """Leave only these of the files and folders within ``folder``, and the folders that lead to them; ``folder`` itself
+    is there afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if any(path in each.parents for each in kept):
+            remove_others(path, kept)
+        elif path not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

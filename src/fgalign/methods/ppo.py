@@ -32,10 +32,11 @@ SET_BY_RUN = ("output_dir", "seed", "bf16", "use_cpu", "vllm_max_length")
 
 
 class CurveConfig(Section):
-    """Answers for the learning curve: after every ``every`` updates, to the first ``prompts`` validation prompts."""
+    """Answers for the learning curve: after every ``every`` updates, to the first ``prompts`` validation prompts (0:
+    none)."""
 
     every: Annotated[int, Field(ge=1)] = 5
-    prompts: Annotated[int, Field(ge=1)] = 64
+    prompts: Annotated[int, Field(ge=0)] = 64
     advantages: bool = False
     """Record the advantages of the tokens too (not with ``advantage: group``, whose responses come in groups)."""
 

@@ -203,8 +203,8 @@ def run_names(profile: Profile, stage: Stage, row: str, seeds: list[int]) -> lis
 
     - A study has ``<profile>/study@<study>/<variant>/seed-<s>`` and its evaluation
       ``<profile>/judge_study@<study>/<variant>``; a row that is no variant concerns all of them.
-    - The search has ``<profile>/search/<method>/<number>/seed-<s>`` with its own seed; a row is a method or
-      ``<method>/<number>: <parameters>``.
+    - The searches have ``<profile>/search/<method or model>/<number>/seed-<s>`` with their own seed; a row is a method
+      or model, or ``<method or model>/<number>: <parameters>``.
     - A training stage writes ``data/<profile>/models/<name>`` and has ``<profile>/<name>/seed-<s>`` for each seed (the
       base model has none).
     - A judge that is trained has one with its own seed.
@@ -223,8 +223,8 @@ def run_names(profile: Profile, stage: Stage, row: str, seeds: list[int]) -> lis
         return [f"{profile.name}/{name}/{variant}{end}" for variant in concerned for end in ends]
     if kind == "judge_model":
         return [f"{profile.name}/{name}/seed-{profile.params['judge_models'][item]['seed']}"]
-    if kind == "search":
-        return _search_runs(profile, row)
+    if kind in ("search", "search_rewards"):
+        return _search_runs(profile, kind, row)
     models = f"{_relative(profile.data, profile.root)}/models/"
     trained = [out.removeprefix(models).split("/")[0] for out in stage.outs if out.startswith(models)]
     if trained:
@@ -243,11 +243,11 @@ def run_names(profile: Profile, stage: Stage, row: str, seeds: list[int]) -> lis
     return [f"{profile.name}/{name.replace('_start@', '@')}"]
 
 
-def _search_runs(profile: Profile, row: str) -> list[str]:
+def _search_runs(profile: Profile, kind: str, row: str) -> list[str]:
     from fgalign.study import candidates, reward_candidates, search_section
 
     seed = search_section(profile).seed
-    grid = candidates(profile) + reward_candidates(profile)
+    grid = candidates(profile) if kind == "search" else reward_candidates(profile)
     found = [f"{candidate.method}/{candidate.number}" for candidate in grid]
     wanted = row.partition(":")[0]
     return [f"{profile.name}/search/{name}/seed-{seed}" for name in found if wanted in (name, name.partition("/")[0])]

@@ -19,23 +19,22 @@ EVALUATED = ("evaluation", "seeds", "runtime")
 """Sections that sampling and judging read. A file of their own: so many stages sample and judge that parsing the whole
 profile for each took half a second of every `dvc repro`."""
 RECIPE = "recipe.json"
-SEARCHED = ("runtime", "methods", "search")
-"""Sections that the hyperparameter search reads."""
 
 
 def write_settings(profile: Profile) -> list[Path]:
     """Write into ``data/<profile>``: ``evaluation.json``, what answers are sampled and judged with; ``settings.json``,
     what tables and figures show; ``recipe.json``, everything, for the paper and for the parameters of the other stages,
-    which DVC reads from it; ``search.json``, what the hyperparameter search starts from, reward models that have a grid
-    included, without the values that it is to choose: entering its choice does not make it run again. Returns their
-    paths.
+    which DVC reads from it; ``search.json``, what the hyperparameter search starts from, without the values that it is
+    to choose: entering its choice does not make it run again; and the same for that of reward models,
+    ``search_rewards.json``, empty where none has a grid. Returns their paths.
 
     Raises:
         ConfigError: a study that no table shows, or a ``search`` section that is none; nothing is written, and nothing
             is trained for it.
     """
     params = profile.params
-    grids = profile.section("search", SearchSection).reward_models if params.get("search") else {}
+    search = params.get("search") or {}
+    grids = profile.section("search", SearchSection).reward_models if search else {}
     known = (*STUDIES, "overoptimisation")
     for section in ("studies", "sweeps"):
         for name in params.get(section) or {}:
@@ -52,8 +51,14 @@ def write_settings(profile: Profile) -> list[Path]:
         "evaluation.json": sections(EVALUATED),
         "settings.json": sections(SHOWN),
         RECIPE: params,
-        "search.json": without_choices(sections((*SEARCHED, *grids)), grids),
     }
+    contents["search.json"] = without_choices(sections(("runtime", "methods")), {})
+    if "search" in params:
+        contents["search.json"]["search"] = {key: search[key] for key in search if key != "reward_models"}
+    contents["search_rewards.json"] = {}
+    if grids:
+        own = {key: search[key] for key in ("seed", "reward_models")}
+        contents["search_rewards.json"] = without_choices(sections(("runtime", *grids)), grids) | {"search": own}
     for name, content in contents.items():
         write_json(profile.data / name, content)
     return [profile.data / name for name in contents]

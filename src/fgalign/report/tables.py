@@ -492,8 +492,19 @@ def _one_file(name: str) -> Callable[[Profile, str], list[Path]]:
 
 
 def _search_file(profile: Profile, row: str) -> list[Path]:
-    of_reward_model = row.partition("/")[0] in REWARD_MODELS
-    return [metrics_path(profile, "search_rewards.csv" if of_reward_model else "search.csv")]
+    return [metrics_path(profile, f"{_search_stage(row)}.csv")]
+
+
+def _search_stage(row: str) -> str:
+    """The stage that trained a candidate; its results are in a file of that name."""
+    return "search_rewards" if row.partition("/")[0] in REWARD_MODELS else "search"
+
+
+def _search_block(profile: Profile, cell: Cell) -> str:
+    """Where reward models are searched too, they are apart from methods."""
+    if not profile.params.get("search", {}).get("reward_models"):
+        return ""
+    return "Reward models" if _search_stage(cell.method) == "search_rewards" else "Methods"
 
 
 def _row_file(folder: str) -> Callable[[Profile, str], list[Path]]:
@@ -589,7 +600,8 @@ TABLES: dict[str, Table] = {
         "Hyperparameter search",
         search,
         _search_file,
-        lambda row: [row.partition("/")[0], "search"],
+        lambda row: [row.partition("/")[0], _search_stage(row)],
+        _search_block,
         core=False,
     ),
 }

@@ -50,25 +50,14 @@ def run_judge_study(profile: Profile, name: str) -> None:
 
 def run_choose_search(profile: Profile) -> None:
     """choose_search: every candidate of a method answers the validation prompts; the one that wins most often is chosen
-    (``study.choose``); ``search.csv``. Of a reward model the candidate that is best by ``SEARCH_METRIC`` is chosen;
-    ``search_rewards.csv``."""
-    best = {}
-    if search_section(profile).reward_models:
-        best |= _choose_rewards(profile)
-    if candidates(profile):
-        best |= _choose_methods(profile)
-    with track(profile, "choose_search", None, {}) as run:
-        run.log(best)
-
-
-def _choose_methods(profile: Profile) -> dict[str, float]:
-    """Choose a candidate of each method; what the chosen ones have."""
+    (``study.choose``); ``search.csv``."""
     from fgalign.evaluation.statistics import crossed_interval
 
     config = search_section(profile)
     seed = config.seed
     grid = candidates(profile)
     folder = profile.data / "search"
+    started = time.monotonic()
     places = [(candidate.method, candidate.number) for candidate in grid]
     _, judged = _judge(
         profile,
@@ -95,12 +84,14 @@ def _choose_methods(profile: Profile) -> dict[str, float]:
                 "chosen": int(best[candidate.method] == candidate.number),
             }
         )
+    with track(profile, "choose_search", None, {}, started) as run:
+        run.log({f"{method}/win": wins[method][number] for method, number in best.items()})
     write_csv(profile.sweeps / "metrics" / "search.csv", table)
-    return {f"{method}/win": wins[method][number] for method, number in best.items()}
 
 
-def _choose_rewards(profile: Profile) -> dict[str, float]:
-    """Choose a candidate of each reward model, the first of equals; what the chosen ones have.
+def run_choose_rewards(profile: Profile) -> None:
+    """choose_rewards: of a reward model the candidate that is best on the validation split by ``SEARCH_METRIC``, the
+    first of equals, is chosen; ``search_rewards.csv``.
 
     Raises:
         InputError: the validation split has no truth to choose a token-level model by.
@@ -108,12 +99,13 @@ def _choose_rewards(profile: Profile) -> dict[str, float]:
     from fgalign.parallel import each_seed
     from fgalign.stages.reward_models import HeldOut
 
-    held_out = HeldOut(profile, "validation")
     grid = reward_candidates(profile)
+    started = time.monotonic()
+    held_out = HeldOut(profile, "validation")
 
     def one(candidate: Candidate) -> float | None:
         model = candidate.method
-        reward = held_out.load_from(model, profile.data / "search" / model / str(candidate.number))
+        reward = held_out.load_from(model, profile.data / "search_rewards" / model / str(candidate.number))
         return held_out.measure_by(reward, SEARCH_METRIC[model])
 
     table: list[dict[str, Any]] = []
@@ -136,8 +128,9 @@ def _choose_rewards(profile: Profile) -> dict[str, float]:
         )
     for model in dict.fromkeys(row["model"] for row in table):
         max((row for row in table if row["model"] == model), key=lambda row: row["value"])["chosen"] = 1
+    with track(profile, "choose_rewards", None, {}, started) as run:
+        run.log({f"{row['model']}/{row['metric']}": row["value"] for row in table if row["chosen"]})
     write_csv(profile.sweeps / "metrics" / "search_rewards.csv", table)
-    return {f"{row['model']}/{row['metric']}": row["value"] for row in table if row["chosen"]}
 
 
 def run_overoptimisation(profile: Profile, study: str = "overoptimisation") -> None:

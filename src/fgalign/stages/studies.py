@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
 
 from fgalign.config import Profile
 from fgalign.context import Context
 from fgalign.core.modeling import RuntimeConfig, release_memory, seed_everything, seed_workers, set_up
 from fgalign.core.schema import Edit, read_records, write_records
 from fgalign.errors import InputError
-from fgalign.io import atomic_dir
 from fgalign.labels import LabelConfig, label_edits, with_tokens_changed
 from fgalign.parallel import each_seed
-from fgalign.stages.train import align, train_reward_model
+from fgalign.stages.train import align, method_config, reward_config, train_reward_model
 from fgalign.study import Candidate, candidates, edits_file, get_study, reward_candidates, search_section
 from fgalign.tracking import track
+from fgalign.unfinished import stage_parts
+
+T = TypeVar("T")
 
 LEARNED_FROM_EDITS = ("rm_edit", "rm_token")
 """Reward models that other edits change."""
@@ -34,66 +40,122 @@ def run_study(profile: Profile, name: str) -> None:
 
     Raises:
         InputError: such a variant, and the method is not trained.
+        ConfigError: a variant that cannot be trained; none is.
     """
     study = get_study(profile, name)
+    for variant in study.variants.values():
+        method_config(profile, variant.method or study.method, variant.change)
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
-    with atomic_dir(profile.data / "studies" / name) as folder:
 
-        def one(item: tuple[str, int]) -> None:
-            key, seed = item
-            variant = study.variants[key]
-            method = variant.method or study.method
-            out = folder / key / f"seed-{seed}"
-            if variant.same:
-                trained = profile.model_folder(method, seed)
-                if not trained.is_dir():
-                    raise InputError(f"{trained}: no such model; train it first: dvc repro align@{method}")
-                with track(profile, f"study@{name}/{key}", seed, {"models": method}):
-                    shutil.copytree(trained, out)
-                return
-            out.mkdir(parents=True)
-            seed_everything(seed)
-            with (
-                tempfile.TemporaryDirectory() as scratch,
-                track(profile, f"study@{name}/{key}", seed, variant.model_dump()) as run,
-            ):
-                context = Context(profile, f"{name}/{key}", seed, device, runtime, out, run, overlay=Path(scratch))
-                if variant.annotator:
-                    edits = read_records(edits_file(profile, name, key), Edit)
-                    _learn_from(edits, context, method)
-                align(context, method, variant.change)
-            release_memory(device)
+    def train(item: tuple[str, int], out: Path) -> set[Path]:
+        key, seed = item
+        variant = study.variants[key]
+        method = variant.method or study.method
+        if variant.same:
+            trained = profile.model_folder(method, seed)
+            if not trained.is_dir():
+                raise InputError(f"{trained}: no such model; train it first: dvc repro align@{method}")
+            with track(profile, f"study@{name}/{key}", seed, {"models": method}):
+                shutil.copytree(trained, out, dirs_exist_ok=True)
+            return {trained}
+        seed_everything(seed)
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            track(profile, f"study@{name}/{key}", seed, variant.model_dump()) as run,
+        ):
+            overlay = Path(scratch)
+            context = Context(profile, f"{name}/{key}", seed, device, runtime, out, run, overlay=overlay)
+            made_from = set()
+            if variant.annotator:
+                made_from.add(edits_file(profile, name, key))
+                _learn_from(read_records(edits_file(profile, name, key), Edit), context, method)
+            align(context, method, variant.change)
+        return made_from | {path for path in context.inputs if overlay not in path.parents}
 
-        items = [(key, seed) for key in study.variants for seed in profile.seeds]
-        each_seed(items, one, seed_workers(runtime, device))
+    named = {f"{key}/seed-{seed}": (key, seed) for key in study.variants for seed in profile.seeds}
+    target = profile.data / "studies" / name
+    _train_all(profile, f"study@{name}", named, target, train, seed_workers(runtime, device), device)
 
 
 def run_search(profile: Profile) -> None:
-    """search: train every candidate of the grids of methods and of reward models;
-    ``data/<profile>/search/<method or model>/<number>``."""
-    config = search_section(profile)
+    """search: train every candidate of the methods' grids; ``data/<profile>/search/<method>/<number>``.
+
+    Raises:
+        ConfigError: a candidate that cannot be trained; none is.
+    """
+
+    def values(candidate: Candidate) -> dict[str, Any]:
+        # It is judged by its answers when it is trained: it needs no learning curve.
+        entry = profile.params["methods"][candidate.method]
+        return {**candidate.changes, **({"curve.prompts": 0} if "curve" in entry else {})}
+
+    grid = candidates(profile)
+    for candidate in grid:
+        method_config(profile, candidate.method, values(candidate))
+    _search(profile, "search", grid, lambda context, point: align(context, point.method, values(point)))
+
+
+def run_search_rewards(profile: Profile) -> None:
+    """search_rewards: train every candidate of the reward models' grids;
+    ``data/<profile>/search_rewards/<model>/<number>``.
+
+    Raises:
+        ConfigError: a candidate that cannot be trained; none is.
+    """
+    grid = reward_candidates(profile)
+    for candidate in grid:
+        reward_config(profile, candidate.method, candidate.changes)
+
+    def train(context: Context, candidate: Candidate) -> None:
+        train_reward_model(context, candidate.method, candidate.changes)
+
+    _search(profile, "search_rewards", grid, train)
+
+
+def _search(
+    profile: Profile, name: str, grid: Sequence[Candidate], train: Callable[[Context, Candidate], None]
+) -> None:
+    """Train every candidate with the seed of the search."""
+    seed = search_section(profile).seed
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
-    with atomic_dir(profile.data / "search") as folder:
 
-        def one(candidate: Candidate) -> None:
-            out = folder / candidate.method / str(candidate.number)
+    def one(candidate: Candidate, out: Path) -> set[Path]:
+        seed_everything(seed)
+        title = f"search/{candidate.method}/{candidate.number}"
+        with track(profile, title, seed, candidate.changes) as run:
+            context = Context(profile, title, seed, device, runtime, out, run)
+            train(context, candidate)
+        return context.inputs
+
+    items = {f"{candidate.method}/{candidate.number}": candidate for candidate in grid}
+    _train_all(profile, name, items, profile.data / name, one, seed_workers(runtime, device), device)
+
+
+def _train_all(
+    profile: Profile,
+    stage: str,
+    items: Mapping[str, T],
+    target: Path,
+    train: Callable[[T, Path], set[Path]],
+    workers: int,
+    device: torch.device,
+) -> None:
+    """Train every item, by the path of its models within ``target``, side by side. Those that were ready when the stage
+    stopped before are not trained again (``fgalign.unfinished``). ``train`` gets an item and a folder for its models,
+    and returns what it has read."""
+    with stage_parts(profile, stage, list(items), target, str(device)) as parts:
+
+        def one(name: str) -> None:
+            out = parts.folder / name
             out.mkdir(parents=True)
-            seed_everything(config.seed)
-            title = f"search/{candidate.method}/{candidate.number}"
-            with track(profile, title, config.seed, candidate.changes) as run:
-                context = Context(profile, title, config.seed, device, runtime, out, run)
-                if candidate.method in config.reward_models:
-                    train_reward_model(context, candidate.method, candidate.changes)
-                else:
-                    # It is judged by its answers when it is trained: it needs no learning curve.
-                    entry = profile.params["methods"][candidate.method]
-                    no_curve = {"curve.prompts": 0} if "curve" in entry else {}
-                    align(context, candidate.method, {**candidate.changes, **no_curve})
+            parts.finish(name, train(items[name], out))
             release_memory(device)
 
-        each_seed(candidates(profile) + reward_candidates(profile), one, seed_workers(runtime, device))
+        if parts.ready:
+            print(f"{stage}: ready since the run that stopped: {', '.join(parts.ready)}", flush=True)
+        each_seed([name for name in items if name not in parts.ready], one, workers)
 
 
 def _learn_from(edits: list[Edit], context: Context, method: str) -> None:

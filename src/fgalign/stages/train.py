@@ -23,7 +23,7 @@ from fgalign.io import write_json
 from fgalign.methods import METHODS, get_method
 from fgalign.parallel import each_seed, is_main_process, output_dir
 from fgalign.tracking import track
-from fgalign.unfinished import stage_seeds
+from fgalign.unfinished import stage_parts
 
 MODELS = ("base", "sft", "rm_preference", "rm_edit", "rm_token")
 """Models that every profile has, whose folders no other may take."""
@@ -37,23 +37,25 @@ def train_seeds(profile: Profile, stage: str, config: Section, train: Callable[[
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
     check_positions(profile.model_folder("base"), getattr(config, "max_length", None), f"{profile.file}: {stage}")
-    with stage_seeds(profile, stage, str(device)) as seeds:
+    names = {seed: f"seed-{seed}" for seed in profile.seeds}
+    with stage_parts(profile, stage, list(names.values()), profile.models(stage), str(device)) as parts:
 
         def one(seed: int) -> None:
             seed_everything(seed)
-            out = seeds.folder / f"seed-{seed}"
+            out = parts.folder / names[seed]
             out.mkdir()
             with track(profile, stage, seed, config.model_dump()) as run:
                 context = Context(profile, stage, seed, device, runtime, out, run)
                 train(context)
                 if context.spent:
                     write_json(out / "budget.json", context.spent)
-            seeds.finish(seed, context.inputs)
+            parts.finish(names[seed], context.inputs)
             release_memory(device)
 
-        if seeds.ready and is_main_process():
-            print(f"{stage}: ready since the run that stopped: seeds {', '.join(map(str, seeds.ready))}", flush=True)
-        each_seed([seed for seed in profile.seeds if seed not in seeds.ready], one, seed_workers(runtime, device))
+        if parts.ready and is_main_process():
+            print(f"{stage}: ready since the run that stopped: {', '.join(parts.ready)}", flush=True)
+        left = [seed for seed, name in names.items() if name not in parts.ready]
+        each_seed(left, one, seed_workers(runtime, device))
 
 
 def run_base(profile: Profile) -> None:
