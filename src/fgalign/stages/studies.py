@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from fgalign.config import Profile
 from fgalign.context import Context
-from fgalign.core.modeling import RuntimeConfig, release_memory, seed_everything, seed_workers, set_up
+from fgalign.core.modeling import RuntimeConfig, seed_everything, seed_workers, set_up
 from fgalign.core.schema import Edit, read_records, write_records
 from fgalign.errors import InputError
 from fgalign.labels import LabelConfig, label_edits, with_tokens_changed
-from fgalign.parallel import each_seed
-from fgalign.stages.train import align, method_config, reward_config, train_reward_model
+from fgalign.stages.train import align, method_config, reward_config, train_parts, train_reward_model
 from fgalign.study import Candidate, candidates, edits_file, get_study, reward_candidates, search_section
 from fgalign.tracking import track
-from fgalign.unfinished import stage_parts
-
-T = TypeVar("T")
 
 LEARNED_FROM_EDITS = ("rm_edit", "rm_token")
 """Reward models that other edits change."""
@@ -75,7 +69,7 @@ def run_study(profile: Profile, name: str) -> None:
 
     named = {f"{key}/seed-{seed}": (key, seed) for key in study.variants for seed in profile.seeds}
     target = profile.data / "studies" / name
-    _train_all(profile, f"study@{name}", named, target, train, seed_workers(runtime, device), device)
+    train_parts(profile, f"study@{name}", named, target, train, seed_workers(runtime, device), device)
 
 
 def run_search(profile: Profile) -> None:
@@ -130,32 +124,7 @@ def _search(
         return context.inputs
 
     items = {f"{candidate.method}/{candidate.number}": candidate for candidate in grid}
-    _train_all(profile, name, items, profile.data / name, one, seed_workers(runtime, device), device)
-
-
-def _train_all(
-    profile: Profile,
-    stage: str,
-    items: Mapping[str, T],
-    target: Path,
-    train: Callable[[T, Path], set[Path]],
-    workers: int,
-    device: torch.device,
-) -> None:
-    """Train every item, by the path of its models within ``target``, side by side. Those that were ready when the stage
-    stopped before are not trained again (``fgalign.unfinished``). ``train`` gets an item and a folder for its models,
-    and returns what it has read."""
-    with stage_parts(profile, stage, list(items), target, str(device)) as parts:
-
-        def one(name: str) -> None:
-            out = parts.folder / name
-            out.mkdir(parents=True)
-            parts.finish(name, train(items[name], out))
-            release_memory(device)
-
-        if parts.ready:
-            print(f"{stage}: ready since the run that stopped: {', '.join(parts.ready)}", flush=True)
-        each_seed([name for name in items if name not in parts.ready], one, workers)
+    train_parts(profile, name, items, profile.data / name, one, seed_workers(runtime, device), device)
 
 
 def _learn_from(edits: list[Edit], context: Context, method: str) -> None:

@@ -4,7 +4,10 @@ forked processes where there are cores for them (``parallel.each_seed``)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
 
 from fgalign.config import Profile, Section, changed, parse_section
 from fgalign.context import Context
@@ -25,6 +28,8 @@ from fgalign.parallel import each_seed, is_main_process, output_dir
 from fgalign.tracking import track
 from fgalign.unfinished import stage_parts
 
+T = TypeVar("T")
+
 MODELS = ("base", "sft", "rm_preference", "rm_edit", "rm_token")
 """Models that every profile has, whose folders no other may take."""
 
@@ -37,25 +42,43 @@ def train_seeds(profile: Profile, stage: str, config: Section, train: Callable[[
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
     check_positions(profile.model_folder("base"), getattr(config, "max_length", None), f"{profile.file}: {stage}")
-    names = {seed: f"seed-{seed}" for seed in profile.seeds}
-    with stage_parts(profile, stage, list(names.values()), profile.models(stage), str(device)) as parts:
 
-        def one(seed: int) -> None:
-            seed_everything(seed)
-            out = parts.folder / names[seed]
-            out.mkdir()
-            with track(profile, stage, seed, config.model_dump()) as run:
-                context = Context(profile, stage, seed, device, runtime, out, run)
-                train(context)
-                if context.spent:
-                    write_json(out / "budget.json", context.spent)
-            parts.finish(names[seed], context.inputs)
+    def one(seed: int, out: Path) -> set[Path]:
+        seed_everything(seed)
+        with track(profile, stage, seed, config.model_dump()) as run:
+            context = Context(profile, stage, seed, device, runtime, out, run)
+            train(context)
+            if context.spent:
+                write_json(out / "budget.json", context.spent)
+        return context.inputs
+
+    items = {f"seed-{seed}": seed for seed in profile.seeds}
+    train_parts(profile, stage, items, profile.models(stage), one, seed_workers(runtime, device), device)
+
+
+def train_parts(
+    profile: Profile,
+    stage: str,
+    items: Mapping[str, T],
+    target: Path,
+    train: Callable[[T, Path], set[Path]],
+    workers: int,
+    device: torch.device,
+) -> None:
+    """Train every item, by the path of its models within ``target``, side by side. Those that were ready when the stage
+    stopped before are not trained again (``fgalign.unfinished``). ``train`` gets an item and a folder for its models,
+    and returns what it has read."""
+    with stage_parts(profile, stage, list(items), target, str(device)) as parts:
+
+        def one(name: str) -> None:
+            out = parts.folder / name
+            out.mkdir(parents=True)
+            parts.finish(name, train(items[name], out))
             release_memory(device)
 
         if parts.ready and is_main_process():
             print(f"{stage}: ready since the run that stopped: {', '.join(parts.ready)}", flush=True)
-        left = [seed for seed, name in names.items() if name not in parts.ready]
-        each_seed(left, one, seed_workers(runtime, device))
+        each_seed([name for name in items if name not in parts.ready], one, workers)
 
 
 def run_base(profile: Profile) -> None:
