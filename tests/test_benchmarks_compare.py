@@ -235,9 +235,13 @@ def test_bounds_of_a_gpu_by_hand(compare, make_model):
     assert training_flops(parameters=10, tokens=5) == 300
     assert decode_bound(weight_bytes=100, cache_bytes=10, rows=5, bandwidth=300) == 10
     assert peaks("NVIDIA H100 80GB HBM3") == (989e12, 3.35e12) and peaks("a toaster") is None
+    assert [peaks(f"NVIDIA {name}")[1] for name in ("H200", "GH200 480GB", "A100-SXM4-80GB", "A100-SXM4-40GB")] == [
+        4.8e12, 4.0e12, 1.935e12, 1.555e12,
+    ]  # fmt: skip
     model = make_model()
-    names = ("proj.weight", "lm_head.weight")
-    assert multiplying_weights(model.config) == sum(p.numel() for n, p in model.named_parameters() if n.endswith(names))
+    named = list(model.named_parameters())
+    layers = sum(p.numel() for n, p in named if n.endswith("proj.weight"))
+    assert multiplying_weights(model.config) == (layers, model.lm_head.weight.numel())
     config = SimpleNamespace(
         num_key_value_heads=1,
         num_attention_heads=2,
@@ -246,12 +250,41 @@ def test_bounds_of_a_gpu_by_hand(compare, make_model):
         intermediate_size=2,
         vocab_size=3,
     )
-    # Weights: 2 * 16 + 2 * 4 * 2 + 3 * 8 + 12 = 84. Operations: 6 * 84 * (2 * (1 + 2) tokens) * 3 epochs = 9,072.
-    # Cache a row at 2 tokens: 2 (keys, values) * 2 bytes * 1 head * 2 * 2 tokens = 16. Bound: 2 * 200 / (168 + 32) = 2.
-    workload = PPOWorkload(batch=2, epochs=3, prompt_length=1, response_length=2)
-    update, decoding = utilisation([{"update": 1e-12, "tokens": 4, "rollout": 8.0}], workload, config, 18144e12, 200.0)
-    assert (update.ours, update.other, update.ratio) == (9072.0, 18144.0, 0.5)
+    # Weights: 2 * 16 + 2 * 4 * 2 + 3 * 8 = 72 in the layer, 12 of the output. Two rows, of 4 tokens the layer sees all
+    # and the output the last 3: 6 * (72 * 8 + 12 * 6) = 3,888, three epochs: 11,664.
+    # Cache a row at 3 tokens: 2 (keys, values) * 2 bytes * 1 head * 2 * 3 tokens = 24. Bound: 2 * 216 / (168 + 48) = 2.
+    workload = PPOWorkload(batch=2, epochs=3, prompt_length=2, response_length=2)
+    seen = {"rollout/wall": 2.0, "rollout/products": 0.5, "rollout/attention": 0.25, "rollout/other": 0.25}
+    seen |= {"update/wall": 1.0, "update/products": 0.25, "update/attention": 0.5, "update/other": 0.05}
+    answers = [{"update": 1e-12, "tokens": 4, "rollout": 8.0}]
+    update, decoding = utilisation(answers, seen, "ours", workload, config, 23328e12, 216.0)
+    assert (update.ours, update.other, update.ratio) == (11664.0, 23328.0, 0.5)
     assert (decoding.ours, decoding.other, decoding.ratio) == (0.5, 2.0, 0.25)
+    assert update.note == "busy 80% of a profiled run (products 25%, attention 50%, other 5%): limited by attention"
+    assert decoding.note == (
+        "busy 50% of a profiled run (products 25%, attention 12%, other 12%): limited by what the processor does "
+        "between kernels"
+    )
+
+
+def test_what_an_update_spends_its_time_on(compare, tmp_path):
+    from speed.gate import Thread
+    from speed.ppo_own import side
+    from speed.trace import seconds_by_kind
+    from speed.workload import PPOWorkload, write_workload
+
+    kernels = [("sm90_xmma_gemm_bf16", 3e6), ("flash_fwd_kernel", 1e6), ("nvjet_hsh_128x256", 2e6), ("softmax", 4e6)]
+    assert seconds_by_kind(kernels) == {"attention": 1.0, "products": 5.0, "other": 4.0}
+    small = PPOWorkload(batch=4, minibatch=2, epochs=1, prompt_length=4, response_length=4, vocab_size=40,
+                        hidden_size=16, layers=1, heads=2, intermediate_size=16, prompts=8)  # fmt: skip
+    write_workload(tmp_path, small)
+    options = {"folder": str(tmp_path), "threads": 1, "device": "cpu", "value_model": "head", "level": "sequence"}
+    runner = Thread(side, [{**options, "traced": True}])
+    answer = runner.unit()
+    runner.close()
+    for part in ("rollout", "update"):
+        kinds = [answer[f"{part}/{kind}"] for kind in ("products", "attention", "other")]
+        assert min(kinds) > 0 and sum(kinds) <= answer[f"{part}/wall"] <= answer["seconds"]
 
 
 def test_a_quick_run_writes_table_figure_and_machine(compare, table, tmp_path, capsys):

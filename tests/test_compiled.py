@@ -9,9 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn, tensor
 
-from fgalign.core.compiled import Bf16Copy, join_products
+from fgalign.core.compiled import Bf16Copy, check_compiler, join_products
 from fgalign.core.rollout import Recorder
 from fgalign.distributed import clip_gradients
+from fgalign.errors import ConfigError
 
 IDS = tensor([[2, 3, 4, 5, 6]])
 
@@ -104,3 +105,19 @@ def test_gradients_are_clipped_to_their_norm(limit, expected):
     model.weight.grad = tensor([[3.0, 4.0]])  # the bias has none
     assert clip_gradients(model, limit, Accelerator(cpu=True)) == 5.0
     assert torch.allclose(model.weight.grad, tensor([expected]))
+
+
+@pytest.mark.parametrize(
+    "device, variable, installed, message",
+    [
+        ("cpu", "CXX", "clang++", r"a C\+\+ compiler on the CPU, found none; install g\+\+"),
+        ("cuda", "CC", "gcc", "a C compiler on a GPU, found none; install gcc"),
+    ],
+)
+def test_without_a_compiler(monkeypatch, tmp_path, device, variable, installed, message):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ConfigError, match=message):
+        check_compiler(torch.device(device))
+    (tmp_path / installed).touch(mode=0o755)
+    check_compiler(torch.device(device))

@@ -50,6 +50,7 @@ class Gate:
         Raises:
             Stop, Next: there is no next one.
         """
+        finish_gpu()
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         self._send({"seconds": wall, "cpu_seconds": cpu, "peak_memory": peak_memory(), **counts})
         self._wait()
@@ -61,11 +62,22 @@ class Gate:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
 
+def cuda() -> Any | None:
+    """``torch.cuda`` where this process uses a GPU."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+
+def finish_gpu() -> None:
+    """Wait for what a GPU has been told to do: a unit is not over before."""
+    if (gpu := cuda()) is not None:
+        gpu.synchronize()
+
+
 def peak_memory() -> int:
     """Most memory that this process has held so far, in bytes; of the GPU where torch uses one, else resident."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
+    if (gpu := cuda()) is not None:
+        return int(gpu.max_memory_allocated())
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count the parent's memory at the time of the fork
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

@@ -9,14 +9,18 @@ from typing import Any
 
 from speed.comparisons import PPO_SIDES, TRL_PPO, WARMUP_COMPILED, Session, against_trl, ours, values
 from speed.table import Row, Target, row
+from speed.trace import limits
 from speed.workload import PPOWorkload
 
 # Dense bf16 operations a second and bytes a second, from the makers' data sheets; the first name that fits counts.
 PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("GH200", 989e12, 4.0e12),
     ("H200", 989e12, 4.8e12),
     ("H100 PCIe", 756e12, 2.0e12),
     ("H100", 989e12, 3.35e12),
-    ("A100", 312e12, 1.555e12),
+    ("A100-PCIE-40GB", 312e12, 1.555e12),
+    ("A100-SXM4-40GB", 312e12, 1.555e12),
+    ("A100", 312e12, 1.935e12),
     ("L40S", 362e12, 0.864e12),
 )
 
@@ -49,7 +53,7 @@ def pretrained(folder: Path) -> Path:
 
 
 def smollm2(session: Session) -> list[Row]:
-    """PPO of both learners against TRL on the GPU; utilisation and decoding of ours."""
+    """PPO of both learners against TRL on the GPU; utilisation and decoding of ours, and what limits them."""
     import torch
     from transformers import AutoConfig
 
@@ -57,42 +61,67 @@ def smollm2(session: Session) -> list[Row]:
     workload = PPOWorkload(batch=64, minibatch=16, prompt_length=64, response_length=128, pretrained=model, bf16=True)
     on_gpu = replace(session, device="cuda", busy=[])
     sides = {name: PPO_SIDES[name] for name in (TRL_PPO, *(side for side, _ in ours("", PPO_SIDES)))}
-    answers = on_gpu.run(on_gpu.work("gpu", workload), sides, WARMUP_COMPILED)
+    folder = on_gpu.work("gpu", workload)
+    answers = on_gpu.run(folder, sides, WARMUP_COMPILED)
     rows = against_trl(answers, "PPO, SmolLM2-135M on the GPU", Target(">=", 3.0))
     found = peaks(torch.cuda.get_device_name())
-    if found is not None:
-        rows += utilisation(answers["head"], workload, AutoConfig.from_pretrained(model), *found)
+    if found is None:
+        return rows
+    config = AutoConfig.from_pretrained(model)
+    for side, called in (("head", "shared trunk"), ("head compiled", "shared trunk, compiled")):
+        module, options = PPO_SIDES[side]
+        profiled = replace(on_gpu, rounds=1).run(folder, {side: (module, {**options, "traced": True})}, WARMUP_COMPILED)
+        rows += utilisation(answers[side], profiled[side][0], called, workload, config, *found)
     return rows
 
 
 def utilisation(
-    answers: Sequence[Mapping[str, float]], workload: PPOWorkload, config: Any, operations: float, bandwidth: float
+    answers: Sequence[Mapping[str, float]],
+    profiled: Mapping[str, float],
+    called: str,
+    workload: PPOWorkload,
+    config: Any,
+    operations: float,
+    bandwidth: float,
 ) -> list[Row]:
-    """Operations a second of the update beside the GPU's peak, and sampled tokens a second beside the bound that memory
-    sets: weights and cache are read as bf16, as autocast casts weights once while it samples."""
-    weights = multiplying_weights(config)
-    tokens = workload.batch * (workload.prompt_length + workload.response_length)
-    flops = training_flops(weights, tokens) * workload.epochs
+    """Operations a second of the update beside the GPU's peak, and sampled tokens a second (the prompts' pass included)
+    beside the bound that memory sets: weights and cache are read as bf16, as autocast casts weights once while it
+    samples. ``profiled`` is a run under the profiler, for what limits each."""
+    layers, output = multiplying_weights(config)
+    length = workload.prompt_length + workload.response_length
+    # The output layer runs where a response token is predicted, and once more behind the last.
+    flops = training_flops(layers, workload.batch * length)
+    flops += training_flops(output, workload.batch * (workload.response_length + 1))
     heads = config.num_key_value_heads
-    length = workload.prompt_length + workload.response_length / 2
-    cache = 2 * 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads) * length
-    bound = decode_bound(2.0 * weights, cache, workload.batch, bandwidth)
+    mean = workload.prompt_length + workload.response_length / 2
+    cache = 2 * 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads) * mean
+    bound = decode_bound(2.0 * (layers + output), cache, workload.batch, bandwidth)
     sampled = [answer["tokens"] / answer["rollout"] for answer in answers]
     return [
         row(
-            "PPO update, shared trunk, on the GPU",
+            f"PPO update, {called}, on the GPU",
             "peak of the GPU",
             "operations",
             "10^12/s",
-            [flops / seconds / 1e12 for seconds in values(answers, "update")],
+            [flops * workload.epochs / seconds / 1e12 for seconds in values(answers, "update")],
             [operations / 1e12] * len(answers),
+            note=limits(profiled, "update"),
         ),
-        row("Decoding on the GPU", "bandwidth bound", "tokens", "1/s", sampled, [bound] * len(answers)),
+        row(
+            f"Decoding, {called}, on the GPU",
+            "bandwidth bound",
+            "tokens",
+            "1/s",
+            sampled,
+            [bound] * len(answers),
+            note=limits(profiled, "rollout"),
+        ),
     ]
 
 
-def multiplying_weights(config: Any) -> int:
-    """Weights of a Llama's matrices that multiply each token, the output layer included, embeddings not."""
+def multiplying_weights(config: Any) -> tuple[int, int]:
+    """Weights of a Llama's matrices that multiply a token: of all layers, and of the output layer; embeddings not."""
     width, head = config.hidden_size, config.hidden_size // config.num_attention_heads
     attention = 2 * width * width + 2 * width * config.num_key_value_heads * head
-    return config.num_hidden_layers * (attention + 3 * width * config.intermediate_size) + width * config.vocab_size
+    layers = config.num_hidden_layers * (attention + 3 * width * config.intermediate_size)
+    return layers, width * config.vocab_size

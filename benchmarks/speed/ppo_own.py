@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from speed.gate import Gate, serve
+from speed.trace import traced
 from speed.workload import read_workload
 
 
 def side(options: dict[str, Any], gate: Gate) -> None:
     """Options: ``folder`` (see ``workload``), ``threads``, ``device``, ``value_model`` (``head`` or ``separate``),
-    ``level`` of the reward (``sequence`` or ``token``), and fields of ``FineGrainedPPOConfig`` as ``config``."""
+    ``level`` of the reward (``sequence`` or ``token``), fields of ``FineGrainedPPOConfig`` as ``config``, and
+    ``traced`` (say too what sampling and update spend their time on, see ``trace``)."""
     import torch
     from transformers import (
         AutoModelForCausalLM,
@@ -62,6 +64,10 @@ def side(options: dict[str, Any], gate: Gate) -> None:
         if separate
         else None,
     )
+    found: dict[str, float] = {}
+    if options.get("traced"):
+        trainer.sample = traced(trainer.sample, options["device"], "rollout", found)
+        trainer.update = traced(trainer.update, options["device"], "update", found)
     gate.ready()
     update = 0
     while True:
@@ -69,7 +75,7 @@ def side(options: dict[str, Any], gate: Gate) -> None:
         before = trainer.response_tokens
         statistics = trainer.step(update)
         times = {name: statistics[f"time/{name}"] for name in ("rollout", "scoring", "update")}
-        gate.done(tokens=trainer.response_tokens - before, **times)
+        gate.done(tokens=trainer.response_tokens - before, **times, **found)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,16 @@ update."""
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise ConfigError where torch.compile cannot work: on the CPU it needs a C++ compiler."""
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+    """Raise ConfigError where torch.compile cannot work: on the CPU it needs a C++ compiler, on a GPU one for C, with
+    which Triton builds what launches its kernels."""
+    cpu = device.type == "cpu"
+    where, language, variable, known = (
+        ("the CPU", "C++", "CXX", ("g++", "clang++")) if cpu else ("a GPU", "C", "CC", ("gcc", "clang"))
+    )
+    if not any(map(shutil.which, (os.environ.get(variable, known[0]), *known))):
         raise ConfigError(
-            "compile: torch.compile needs a C++ compiler on the CPU, found none; install g++, or turn it off"
+            f"compile: torch.compile needs a {language} compiler on {where}, found none; install {known[0]}, or turn "
+            "it off"
         )
 
 

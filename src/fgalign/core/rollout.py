@@ -330,6 +330,7 @@ def sample_responses(
     if recorder is not None:
         recorder.start()
     mask = torch.nn.functional.pad(prompt_mask.long(), (0, budget))
+    uniform = uniform.to(device)  # once, not a column a token
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     ids, positions = prompt_ids, position_ids(prompt_mask)
     tokens, masks = [], []
