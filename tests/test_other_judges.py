@@ -283,6 +283,58 @@ def test_a_language_model_can_be_the_other_judge(small, tmp_path):
     pairs = one_a_prompt(read_split(small.data / "raw" / "test").preferences)
     preferred = rows_of(small.results / "metrics/judges/llm_preferences.csv")
     assert [float(row["correct"]) for row in preferred] == [longer(item.chosen, item.rejected) for item in pairs]
+    # 3 methods x 2 seeds x 4 prompts and the preferences; each different request has 10 + 3 tokens.
+    path = small.results / "metrics/judges/llm.llm_usage.json"
+    first, requests = path.read_bytes(), len(server.prompts)
+    spent = json.loads(first)
+    assert (spent["pairs"], spent["requests"], len(set(server.prompts))) == (24 + len(pairs), requests, requests)
+    assert (spent["input_tokens"], spent["output_tokens"], spent["unreadable"]) == (10 * requests, 3 * requests, 0)
+    run_rejudge(small, "llm")  # from the cache: the server is gone
+    assert path.read_bytes() == first
+    assert not (small.results / "metrics/judges/llm_main.llm_usage.json").exists()
+
+
+def test_what_a_language_model_took_lies_beside_its_scores(small, tmp_path):
+    from test_llm import Server, by_length
+
+    from fgalign.core.schema import CurveSample, write_records
+    from fgalign.evaluation.truth import split_references
+    from fgalign.stages.judge import run_curves, run_judge
+
+    for seed in small.seeds:
+        samples = [
+            CurveSample(
+                id=record.id, update=0, response_tokens=9, gradient_updates=0, prompt=record.prompt, response="A word.",
+                seed=seed, kl=0.0, reward=0.0,
+            )
+            for record in split_references(small, "validation")[:2]
+        ]  # fmt: skip
+        write_records(small.model_folder("ppo", seed) / "rollouts.jsonl", samples)
+    server = Server()
+    server.reply = by_length
+    options = {"base_url": server.url, "model": "m", "cache": str(tmp_path / "cache")}
+    gold = small.params["evaluation"]
+    small.params["evaluation"] = {"judge": "llm", "judge_options": options, "batch_size": 8}
+    small.params["methods"] = {}
+    metrics = small.results / "metrics"
+    try:
+        run_judge(small, "figa")
+        run_rejudge(small, "again")
+        run_curves(small, ["ppo"])
+    finally:
+        server.close()
+    found = {path.relative_to(metrics).as_posix() for path in metrics.rglob("*.llm_usage.json")}
+    # The other judge is the simulator; the main one is asked about the preferences.
+    assert found == {"judged/figa.llm_usage.json", "judges/again_main.llm_usage.json", "curves.llm_usage.json"}
+    spent = {path: json.loads((metrics / path).read_text()) for path in found}
+    # 2 seeds x 4 prompts; 2 seeds x 2 prompts with the same answer, asked about once in each order.
+    assert [spent["judged/figa.llm_usage.json"][name] for name in ("pairs", "prompts", "requests")] == [8, 16, 16]
+    assert [spent["curves.llm_usage.json"][name] for name in ("pairs", "prompts", "requests")] == [4, 8, 4]
+    # What a language model took is not left beside the scores of another judge.
+    small.params["evaluation"] = gold
+    run_judge(small, "figa")
+    run_rejudge(small, "again")
+    assert [path.name for path in metrics.rglob("*.llm_usage.json")] == ["curves.llm_usage.json"]
 
 
 def test_options_of_a_judge_that_it_does_not_take_are_refused(small):

@@ -35,12 +35,14 @@ class LLMAnnotatorConfig(LLMConfig):
     responses: Annotated[int, Field(ge=1)] | None = None
 
 
-def annotate(split: RawSplit, config: LLMAnnotatorConfig, split_name: Split) -> list[Edit]:
+def annotate(
+    split: RawSplit, config: LLMAnnotatorConfig, split_name: Split, asked: dict[str, LLM] | None = None
+) -> list[Edit]:
     """Edit the less preferred response of each preference; of a split without preferences, the initial side of each
     correction. To revise towards references, the responses are those that a reference answers.
 
     An edit keeps the id of what was edited. Responses that the model leaves unchanged, and those without an answer that
-    can be used, are not returned.
+    can be used, are not returned. ``asked`` gets the model under the split's name, for what it has used.
 
     Raises:
         InputError: the split has no response to edit, or no reference where references are needed.
@@ -50,6 +52,8 @@ def annotate(split: RawSplit, config: LLMAnnotatorConfig, split_name: Split) -> 
     prompt = Prompt(config.task, FIELDS[config.task], path)
     tasks = to_edit(split, config, split_name)
     llm = LLM(config, f"{config.task} {split_name}")
+    if asked is not None:
+        asked[split_name] = llm
     revised = llm.ask([prompt.fill(**values) for _, values in tasks], parse_edit)
     edits, changed = [], 0.0
     for (id_, values), text in zip(tasks, revised, strict=True):

@@ -53,7 +53,9 @@ class Judge:
 
     One of two functions judges. ``score(prompt, response, gold)`` returns a finite number for one response, higher is
     better. ``compare(items)`` judges many items together, which is for judges that answer in batches or in parallel,
-    or that compare the two sides directly. ``counts()`` is what ``compare`` has used so far, by name, for the tracker.
+    or that compare the two sides directly. ``counts()`` is what ``compare`` has used so far, by name, for the tracker;
+    ``spent()`` what its verdicts took, the same in a run that found all answers in a cache. Both are empty for a judge
+    that asks no language model.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Judge:
     score: Score | None = None
     compare: Compare | None = None
     counts: Callable[[], dict[str, float]] = dict
+    spent: Callable[[], dict[str, Any]] = dict
 
     def verdicts(self, items: Sequence[Item]) -> list[Verdict]:
         """One verdict an item, in order; each reference is scored once."""
@@ -158,7 +161,8 @@ def _llm_judge(config: LLMJudgeConfig) -> Judge:
         wins = judge.compare([(item.prompt, item.response, item.reference) for item in items])
         return [Verdict(win, 0.5, win) for win in wins]
 
-    return Judge("llm", f"pairwise verdicts of {config.model}, both orders", compare=compare, counts=judge.counts)
+    title = f"pairwise verdicts of {config.model}, both orders"
+    return Judge("llm", title, compare=compare, counts=judge.counts, spent=judge.spent)
 
 
 def _reward_judge(config: RewardJudgeConfig) -> Judge:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fgalign.config import Profile, parse_section
 from fgalign.core.schema import CurveSample, Reference, Sample
 from fgalign.errors import ConfigError
 from fgalign.evaluation.judges import Item, Judge, RewardJudgeConfig, get_judge
+from fgalign.io import write_json
+from fgalign.llm import SPENT_FILE
 
 
 def profile_judge(
@@ -29,6 +32,17 @@ def profile_judge(
     if options:
         raise ConfigError(f"{where}: the judge {name!r} has no options, found {', '.join(options)}")
     return get_judge(name)
+
+
+def write_spent(judge: Judge, folder: Path, name: str) -> None:
+    """Write what a language model took to judge into ``<name>.llm_usage.json`` beside its scores; for another judge
+    there is no such file, nor an old one. The same answers give the same file, from the cache or not."""
+    path = folder / f"{name}.{SPENT_FILE}"
+    spent = judge.spent()
+    if spent:
+        write_json(path, spent)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def judged_rows(samples: Sequence[Sample], references: Mapping[str, Reference], judge: Judge) -> list[dict[str, Any]]:

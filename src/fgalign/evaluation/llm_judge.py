@@ -1,14 +1,14 @@
 """The judge that is a language model: it compares a response with the reference, in both orders.
 
 A model favours a position (Zheng et al. 2023, arXiv 2306.05685), so each pair is asked twice with A and B swapped and
-the outcome is the mean of both verdicts.
+the outcome is the mean of both verdicts, a tie where one of them cannot be read.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from fgalign.config import find_root
 from fgalign.llm import LLM, LLMConfig
@@ -28,20 +28,21 @@ class LLMJudgeConfig(LLMConfig):
 
 class LLMJudge:
     """Compares responses with references. ``pairs`` counts what was compared so far, ``inconsistent`` the pairs whose
-    two orders gave different outcomes, ``identical`` those not asked about because both texts are the same."""
+    two orders gave different outcomes, ``unreadable`` those with an order that has no verdict, ``identical`` those not
+    asked about because both texts are the same."""
 
     def __init__(self, config: LLMJudgeConfig) -> None:
         path = None if config.prompt is None else find_root() / config.prompt
         self.prompt = Prompt("pairwise_judge", ("prompt", "a", "b"), path)
         self.llm = LLM(config, "judge")
-        self.pairs = self.inconsistent = self.identical = 0
+        self.pairs = self.inconsistent = self.unreadable = self.identical = 0
 
     def compare(self, triples: Sequence[tuple[str, str, str]]) -> list[float]:
         """The outcome of each (prompt, response, reference), from 0 to 1: the mean over both orders of 1 where the
         response wins, 0.5 for a tie, 0 where the reference wins.
 
-        Equal texts (but for outer white space) tie unasked. An order without a verdict that can be read counts as a
-        tie, so that neither side gains; ``max_failed`` limits the share of such orders.
+        Equal texts (but for outer white space) tie unasked. A pair with an order without a verdict that can be read
+        ties, because the other order alone would favour a position; ``max_failed`` limits the share of such orders.
 
         Raises:
             LLMError: see ``fgalign.llm.LLM.ask``.
@@ -53,30 +54,36 @@ class LLMJudge:
             prompts.append(self.prompt.fill(prompt=prompt, a=reference, b=response))
         verdicts = self.llm.ask(prompts, parse_verdict)
         outcomes = [0.5] * len(triples)
-        inconsistent = 0
+        inconsistent = unreadable = 0
         for number, place in enumerate(asked):
             first, second = verdicts[2 * number], verdicts[2 * number + 1]
+            if first is None or second is None:
+                unreadable += 1
+                continue
             ours = (_points(first, "A"), _points(second, "B"))
             outcomes[place] = sum(ours) / 2
-            inconsistent += first is not None and second is not None and ours[0] != ours[1]
+            inconsistent += ours[0] != ours[1]
         self.pairs += len(triples)
         self.inconsistent += inconsistent
+        self.unreadable += unreadable
         self.identical += len(triples) - len(asked)
         print(
-            f"judge: {len(triples)} pairs; {inconsistent} inconsistent (the orders disagree), "
-            f"{len(triples) - len(asked)} of identical texts",
+            f"judge: {len(triples)} pairs; {inconsistent} inconsistent (the orders disagree), {unreadable} tied, "
+            f"because an order has no verdict, {len(triples) - len(asked)} of identical texts",
             flush=True,
         )
         return outcomes
 
     def counts(self) -> dict[str, float]:
         """What the judge has used and found so far, by name, for the tracker."""
-        return {
-            **self.llm.counts(),
-            "judge/pairs": self.pairs,
-            "judge/inconsistent": self.inconsistent,
-            "judge/identical": self.identical,
-        }
+        return {**self.llm.counts(), **{f"judge/{name}": value for name, value in self._found().items()}}
+
+    def spent(self) -> dict[str, Any]:
+        """What the verdicts took from an empty cache (``fgalign.llm.LLM.spent``), and what was found."""
+        return {**self.llm.spent(), **self._found()}
+
+    def _found(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("pairs", "inconsistent", "unreadable", "identical")}
 
 
 def parse_verdict(answer: str) -> Verdict | None:
@@ -87,8 +94,8 @@ def parse_verdict(answer: str) -> Verdict | None:
     return _VERDICTS[match[1].lower()] if match else None
 
 
-def _points(verdict: Verdict | None, response: Literal["A", "B"]) -> float:
+def _points(verdict: Verdict, response: Literal["A", "B"]) -> float:
     """Points of the response, shown as A or B in this order."""
-    if verdict is None or verdict == "tie":
+    if verdict == "tie":
         return 0.5
     return 1.0 if verdict == response else 0.0

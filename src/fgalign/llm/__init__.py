@@ -34,6 +34,11 @@ T = TypeVar("T")
 Positive = Annotated[float, Field(gt=0.0)]
 
 USAGE_LOG = "usage.jsonl"
+SPENT_FILE = "llm_usage.json"
+"""Name, or the end of it, of the file beside edits or scores that says what the model took for them."""
+CHANCE = 0.01
+"""Failed answers stop the work where a true share of ``max_failed`` would give as many with less than this probability.
+"""
 NO_KEY = "none"
 """What the client, which wants a key, is given where none is sent."""
 _REFUSAL = re.compile(
@@ -45,6 +50,8 @@ _REFUSAL = re.compile(
 # too long.
 _REJECTED = {"content_filter", "content_policy_violation", "context_length_exceeded", "exceed_context_size_error"}
 _TOO_LONG = re.compile(r"context (length|size|window)", re.IGNORECASE)
+# A key of which a server shows the ends alone.
+_MASKED = re.compile(r"""[^\s"',:]*\*{3,}[^\s"',:]*""")
 
 
 class LLMError(FgalignError):
@@ -63,7 +70,8 @@ class LLMConfig(Section):
     ``retries`` of a request after 408, 409, 429, 5xx, a lost connection or ``timeout`` seconds without an answer.
 
     ``cache`` is the folder of the answers, absolute or relative to the repository's root. ``max_failed`` is the largest
-    share of answers that may be refused, truncated or unparsable. Prices are in USD per million tokens.
+    share of answers that may be refused, truncated or unparsable, but for chance (``most_failed``). Prices are in USD
+    per million tokens.
     """
 
     base_url: str = "https://api.openai.com/v1"
@@ -232,6 +240,7 @@ class LLM:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._failed: LLMError | None = None
+        self._tokens: dict[str, tuple[int | None, int | None]] = {}
         self._rejection = ""
         self._now = Usage()
         self._openai = urlsplit(config.base_url).hostname == "api.openai.com"
@@ -243,13 +252,14 @@ class LLM:
         the form asked for. Prints what was used and appends it to ``usage.jsonl`` beside the answers.
 
         Raises:
-            LLMError: the server cannot be reached, refuses the requests or is not OpenAI-compatible, or more than
-                ``max_failed`` of the prompts have no answer that can be used. Answers that came are kept.
+            LLMError: the server cannot be reached, refuses the requests or is not OpenAI-compatible, or more of the
+                prompts than ``most_failed`` have no answer that can be used. Answers that came are kept.
             InputError: a file of the cache is damaged.
         """
         self._now = now = Usage(prompts=len(prompts))
         self._stop.clear()
         self._failed = None
+        self._rejection = ""
         requests = {_digest(request): request for request in map(self._request, prompts)}
         answers: dict[str, Answer] = {}
         for key, request in requests.items():
@@ -263,22 +273,25 @@ class LLM:
         try:
             if waiting:
                 self._ask_server(waiting, answers)
+            self._tokens |= {key: (answer.input_tokens, answer.output_tokens) for key, answer in answers.items()}
             keys = [_digest(self._request(prompt)) for prompt in prompts]
             results = [self._parse(answers[key], parse) for key in keys]
         finally:
             self.usage.add(now)
             self._report(now)
-        if now.failed > self.config.max_failed * max(1, len(prompts)):
+        most = most_failed(len(prompts), self.config.max_failed) if now.failed else 0
+        if now.failed > most:
             failed = [key for key, result in zip(keys, results, strict=True) if result is None]
             kept = [str(self._file(key)) for key in failed if self._file(key).exists()]
             # A rejected prompt has no file.
             shown = [*kept, repr(requests[failed[0]]["messages"][0]["content"][:80])]
             why = f" (the server said: {' '.join(self._rejection.split())[:200]})" if self._rejection else ""
             raise LLMError(
-                f"{self.title}: expected at most {self.config.max_failed:.1%} of {len(prompts)} answers without use, "
-                f"found {now.failed} ({now.refused} refused, {now.truncated} cut off at {self.config.max_tokens} "
-                f"tokens, {now.unparsable} not in the form asked for), for example {shown[0]}{why}; change the "
-                "model, the prompt, `max_tokens` or `max_failed` (the answers are kept)"
+                f"{self.title}: expected at most {most} of {len(prompts)} answers without use "
+                f"({self.config.max_failed:.1%}, and chance), found {now.failed} ({now.refused} refused, "
+                f"{now.truncated} cut off at {self.config.max_tokens} tokens, {now.unparsable} not in the form asked "
+                f"for), for example {shown[0]}{why}; change the model, the prompt, `max_tokens` or `max_failed` (the "
+                "answers are kept)"
             )
         return results
 
@@ -288,6 +301,26 @@ class LLM:
         return {f"llm/{name}": value for name, value in asdict(self.usage).items()} | (
             {} if cost is None else {"llm/cost_usd": cost}
         )
+
+    def spent(self) -> dict[str, Any]:
+        """What all answers so far took from an empty cache: the same whether they came from the server or from the
+        cache, so that a stage may write it into its outputs. ``requests`` are different prompts; tokens and cost (USD,
+        None without prices) are theirs. ``uncounted`` of them came without a count of tokens; failures count prompts,
+        with repetitions."""
+        counts = list(self._tokens.values())
+        paid = Usage(input_tokens=sum(i or 0 for i, _ in counts), output_tokens=sum(o or 0 for _, o in counts))
+        return {
+            "model": self.config.model,
+            "prompts": self.usage.prompts,
+            "requests": len(counts),
+            "refused": self.usage.refused,
+            "truncated": self.usage.truncated,
+            "unparsable": self.usage.unparsable,
+            "uncounted": sum(None in pair for pair in counts),
+            "input_tokens": paid.input_tokens,
+            "output_tokens": paid.output_tokens,
+            "cost_usd": paid.cost(self.config),
+        }
 
     # --- one request --------------------------------------------------------------------------------------------------
 
@@ -341,12 +374,20 @@ class LLM:
             code = None if error.param in ("max_tokens", self.config.max_tokens_name) else _rejected(error)
             if code is not None:
                 with self._lock:
-                    self._rejection = self._rejection or self._redact(str(error))
+                    self._rejection = self._rejection or self._redact_error(str(error))
                 # Not kept: a rejected prompt costs nothing, and a server with another setting may take it.
                 answer = Answer("", True, code, 0, 0, None)
                 with self._lock:
                     self._now.asked += 1
                 return answer
+            if error.status_code in (401, 403):
+                # OpenAI's own words hold the first and the last characters of the key.
+                sent = self._client.api_key != NO_KEY
+                key = f"the key in {self.config.key_variable}" if sent else "`key_variable` (no key was sent)"
+                raise self._failure(
+                    f"status {error.status_code}: no access; check {key} and rights to the model (the server's words "
+                    "are not shown, which may hold parts of a key)"
+                ) from None
             later = error.response.headers.get("retry-after")
             asks = f" (it asks to wait {later} before the next request)" if later else ""
             raise self._failure(f"status {error.status_code}{asks}: {error}") from None
@@ -403,7 +444,7 @@ class LLM:
 
     def _failure(self, reason: str) -> LLMError:
         """The error of a request that failed; from now on no other is sent."""
-        text = " ".join(self._redact(reason).split())
+        text = " ".join(self._redact_error(reason).split())
         error = LLMError(
             f"{self.title}: {self.config.base_url}, model {self.config.model!r}: expected an answer within "
             f"{self.config.retries} retries, found {text[:400]}; the answers that came are kept, run it again to go on"
@@ -417,6 +458,10 @@ class LLM:
         """A text from the server without the key, should the server repeat it."""
         key = self._client.api_key
         return text if key == NO_KEY else text.replace(key, "[key]")
+
+    def _redact_error(self, text: str) -> str:
+        """An error's text without the key, and without words in which asterisks hide all but its ends."""
+        return _MASKED.sub("[key]", self._redact(text))
 
     # --- the cache ----------------------------------------------------------------------------------------------------
 
@@ -476,6 +521,14 @@ class LLM:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:  # What stopped the work, if anything did, is to be seen.
                 print(f"{self.title}: not added to {self.cache / USAGE_LOG} ({error.strerror})", flush=True)
+
+
+def most_failed(answers: int, max_failed: float) -> int:
+    """The largest number of answers that may fail: more have a probability below ``CHANCE`` where each fails with
+    probability ``max_failed``, independently (a one-sided binomial test). Of few answers it is a larger share."""
+    from scipy.stats import binom
+
+    return int(binom.isf(CHANCE, answers, max_failed))
 
 
 def _digest(request: dict[str, Any]) -> str:

@@ -33,7 +33,10 @@ SEARCH_METRIC = {"rm_preference": "accuracy_preference", "rm_edit": "accuracy_ed
 
 
 def run_judge_study(profile: Profile, name: str) -> None:
-    """judge_study: every variant answers the test prompts and is judged; ``studies/<study>/<variant>.csv``."""
+    """judge_study: every variant answers the test prompts and is judged; ``studies/<study>/<variant>.csv``. What a
+    language model took to judge them all is in ``<study>.llm_usage.json`` there."""
+    from fgalign.evaluation.judging import write_spent
+
     study = get_study(profile, name)
     items = [(key, seed) for key in study.variants for seed in profile.seeds]
     folder = profile.data / "studies" / name
@@ -46,11 +49,13 @@ def run_judge_study(profile: Profile, name: str) -> None:
         with track(profile, f"judge_study@{name}/{key}", None, {"judge": judge.name}, started) as run:
             run.log({column: _mean(rows, column) for column in ("score", "win", "kl", "tokens")})
         write_csv(metrics_folder(profile, name) / f"{key}.csv", rows)
+    write_spent(judge, metrics_folder(profile, name), name)
 
 
 def run_choose_search(profile: Profile) -> None:
     """choose_search: every candidate of a method answers the validation prompts; the one that wins most often is chosen
     (``study.choose``); ``search.csv``."""
+    from fgalign.evaluation.judging import write_spent
     from fgalign.evaluation.statistics import crossed_interval
 
     config = search_section(profile)
@@ -59,7 +64,7 @@ def run_choose_search(profile: Profile) -> None:
     folder = profile.data / "search"
     started = time.monotonic()
     places = [(candidate.method, candidate.number) for candidate in grid]
-    _, judged = _judge(
+    judge, judged = _judge(
         profile,
         "validation",
         places,
@@ -87,6 +92,7 @@ def run_choose_search(profile: Profile) -> None:
     with track(profile, "choose_search", None, {}, started) as run:
         run.log({f"{method}/win": wins[method][number] for method, number in best.items()})
     write_csv(profile.sweeps / "metrics" / "search.csv", table)
+    write_spent(judge, profile.sweeps / "metrics", "search")
 
 
 def run_choose_rewards(profile: Profile) -> None:
@@ -140,7 +146,7 @@ def run_overoptimisation(profile: Profile, study: str = "overoptimisation") -> N
     The proxy is the mean score of the reward model that is trained on, minus that before training, in units of its
     standard deviation over responses before training; the columns are means over the recorded validation prompts.
     """
-    from fgalign.evaluation.judging import judged_items, profile_judge
+    from fgalign.evaluation.judging import judged_items, profile_judge, write_spent
 
     config = profile.section("evaluation", EvaluationConfig)
     judge = profile_judge(profile, config.judge, config.judge_options)
@@ -172,6 +178,7 @@ def run_overoptimisation(profile: Profile, study: str = "overoptimisation") -> N
     with track(profile, "overoptimisation", None, {}) as run:
         run.log({"rows": len(rows)})
     write_csv(profile.sweeps / "metrics" / "overoptimisation.csv", rows)
+    write_spent(judge, profile.sweeps / "metrics", "overoptimisation")
 
 
 def run_credit(profile: Profile, methods: Sequence[str]) -> None:

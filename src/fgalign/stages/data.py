@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from pydantic import ConfigDict
 
 from fgalign.annotate import get_annotator
@@ -11,8 +13,9 @@ from fgalign.core.schema import SPLITS, Edit, read_records, write_records
 from fgalign.errors import InputError
 from fgalign.io import atomic_dir, write_json
 from fgalign.labels import LabelConfig, label_edits, label_statistics, with_tokens_changed
+from fgalign.llm import SPENT_FILE
 from fgalign.sources import get_source
-from fgalign.tracking import track
+from fgalign.tracking import Run, track
 
 
 class NamedSection(Section):
@@ -36,20 +39,26 @@ def run_raw(profile: Profile) -> None:
 
 
 def run_edits(profile: Profile) -> None:
-    """edits: the annotator minimally edits responses; ``data/<profile>/edits/<split>.jsonl``."""
+    """edits: the annotator minimally edits responses; ``data/<profile>/edits/<split>.jsonl``. What a language model
+    took for each split is in ``llm_usage.json`` there, and what it used in this run is tracked."""
     name, options = _named(profile, "annotator")
     annotator = get_annotator(name)
     config = parse_section(options, annotator.config, f"{profile.file}: annotator")
     if annotator.check is not None:
         for split in SPLITS:
             annotator.check(read_split(profile.data / "raw" / split), config, split)
-    with atomic_dir(profile.data / "edits") as folder:
+    tracked = nullcontext(Run()) if annotator.asked is None else track(profile, "edits", None, config.model_dump())
+    with atomic_dir(profile.data / "edits") as folder, tracked as run:
         for split in SPLITS:
             edits = annotator.annotate(read_split(profile.data / "raw" / split), config, split)
+            if annotator.asked is not None:
+                run.log({f"{split}/{key}": value for key, value in annotator.asked[split].counts().items()})
             if not edits:
                 raise InputError(f"edits: the annotator {name!r} made none for the {split} split; check its section")
             write_records(folder / f"{split}.jsonl", edits)
             print(f"{split}: {len(edits)} edits")
+        if annotator.asked is not None:
+            write_json(folder / SPENT_FILE, {split: llm.spent() for split, llm in annotator.asked.items()})
 
 
 def run_labels(profile: Profile) -> None:
@@ -72,7 +81,8 @@ def run_labels(profile: Profile) -> None:
 
 def run_study_edits(profile: Profile, name: str) -> None:
     """study_edits: training edits of the variants of a study whose annotator differs;
-    ``data/<profile>/studies/<study>-edits/<variant>.jsonl``."""
+    ``data/<profile>/studies/<study>-edits/<variant>.jsonl``, and ``<variant>.llm_usage.json`` where a language model
+    made them."""
     from fgalign.study import edits_file, get_study
 
     study = get_study(profile, name)
@@ -86,6 +96,8 @@ def run_study_edits(profile: Profile, name: str) -> None:
                 config = parse_section({**options, **variant.annotator}, annotator.config, where)
                 count = write_records(folder / f"{key}.jsonl", annotator.annotate(split, config, "train"))
                 print(f"{key}: {count} edits")
+                if annotator.asked is not None:
+                    write_json(folder / f"{key}.{SPENT_FILE}", annotator.asked["train"].spent())
 
 
 def _named(profile: Profile, key: str) -> tuple[str, dict]:

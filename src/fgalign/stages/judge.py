@@ -19,8 +19,9 @@ BUDGET = ("training_tokens", "sampled_tokens", "gradient_updates")
 
 def run_judge(profile: Profile, method: str) -> None:
     """judge: the judge scores the responses; ``results/<profile>/metrics/judged/<method>.csv``. What the method spent
-    goes into ``metrics/budgets/<method>.csv`` (the initial model and SFT have no budget)."""
-    from fgalign.evaluation.judging import judged_rows, profile_judge
+    goes into ``metrics/budgets/<method>.csv`` (the initial model and SFT have no budget), what a language model took to
+    judge into ``metrics/judged/<method>.llm_usage.json``."""
+    from fgalign.evaluation.judging import judged_rows, profile_judge, write_spent
 
     config = profile.section("evaluation", EvaluationConfig)
     judge = profile_judge(profile, config.judge, config.judge_options)
@@ -37,7 +38,9 @@ def run_judge(profile: Profile, method: str) -> None:
         for name in ("score", "win", "kl", "tokens"):
             run.log({name: sum(row[name] for row in rows) / len(rows)})
         run.log(judge.counts())
-    write_csv(profile.results / "metrics" / "judged" / f"{method}.csv", rows)
+    folder = profile.results / "metrics" / "judged"
+    write_csv(folder / f"{method}.csv", rows)
+    write_spent(judge, folder, method)
     if method in profile.params.get("methods", {}):
         spent = [{"seed": seed, **read_budget(profile.model_folder(method, seed))} for seed in profile.seeds]
         write_csv(profile.results / "metrics" / "budgets" / f"{method}.csv", spent)
@@ -58,8 +61,9 @@ def read_budget(folder: Path) -> dict[str, int]:
 
 
 def run_curves(profile: Profile, methods: Sequence[str]) -> None:
-    """curves: the judge scores what policies answered to validation prompts while they trained; ``curves.csv``."""
-    from fgalign.evaluation.judging import judged_items, profile_judge
+    """curves: the judge scores what policies answered to validation prompts while they trained; ``curves.csv``, and
+    what a language model took to judge in ``curves.llm_usage.json``."""
+    from fgalign.evaluation.judging import judged_items, profile_judge, write_spent
 
     config = profile.section("evaluation", EvaluationConfig)
     judge = profile_judge(profile, config.judge, config.judge_options)
@@ -91,6 +95,7 @@ def run_curves(profile: Profile, methods: Sequence[str]) -> None:
     with track(profile, "curves", None, {"judge": config.judge}) as run:
         run.log({"rows": len(rows), **judge.counts()})
     write_csv(profile.results / "metrics" / "curves.csv", rows)
+    write_spent(judge, profile.results / "metrics", "curves")
 
 
 def run_label_quality(profile: Profile) -> None:

@@ -14,7 +14,7 @@ from fgalign.core.schema import Preference, Reference, Sample, read_records
 from fgalign.errors import ConfigError, InputError
 from fgalign.evaluation.config import EvaluationConfig
 from fgalign.evaluation.judges import Item, Judge
-from fgalign.evaluation.judging import judged_items, profile_judge
+from fgalign.evaluation.judging import judged_items, profile_judge, write_spent
 from fgalign.evaluation.truth import read_truth
 from fgalign.io import read_json, write_csv
 from fgalign.tracking import track
@@ -40,7 +40,8 @@ class OtherJudge(Section):
 
 def run_rejudge(profile: Profile, name: str) -> None:
     """rejudge: another judge scores every method's answers, ``results/<profile>/metrics/judges/<name>.csv``, and says
-    of people's preferences which side it likes, ``<name>_preferences.csv``, beside the profile's own judge."""
+    of people's preferences which side it likes, ``<name>_preferences.csv``, beside the profile's own judge. What each
+    of the two took, if it is a language model, is in ``<name>.llm_usage.json`` and ``<name>_main.llm_usage.json``."""
     config = other_judge(profile, name)
     options = dict(config.judge_options)
     if config.judge == "reward_model":
@@ -63,10 +64,12 @@ def run_rejudge(profile: Profile, name: str) -> None:
     with track(profile, f"rejudge@{name}", None, {"judge": config.judge, "needs": config.needs}) as run:
         run.log({"score": _mean(rows, "score"), "win": _mean(rows, "win")})
         run.log({column: _mean(preferred, column) for column in preferred[0] if column != "id"})
-        run.log(judge.counts())
+        run.log({**judge.counts(), **{f"main/{key}": value for key, value in main.counts().items()}})
     folder = profile.results / "metrics" / "judges"
     write_csv(folder / f"{name}.csv", rows)
     write_csv(folder / f"{name}_preferences.csv", preferred)
+    write_spent(judge, folder, name)
+    write_spent(main, folder, f"{name}_main")
 
 
 def other_judge(profile: Profile, name: str) -> OtherJudge:
