@@ -89,6 +89,15 @@ def test_two_processes_with_shared_weights_log_what_one_does(folders: tuple[Path
     assert max(losses) - min(losses) > 0.01
 
 
+def test_two_processes_share_the_rewards_of_figas_filter(folders: tuple[Path, Path]) -> None:
+    one, two = (json.loads((folder / "found.json").read_text())["filter"] for folder in folders)
+    # Both sides of 7 pairs, or of 4 in each of two processes.
+    assert (one["scored"], two["scored"]) == (14, 8)
+    for side in ("initial", "revised"):
+        assert len(set(one[side])) == 7  # the order shows
+        assert two[side] == pytest.approx(one[side], abs=TOLERANCE)
+
+
 def test_the_two_processes_held_half_of_every_model(folders: tuple[Path, Path]) -> None:
     one, two = (json.loads((folder / "found.json").read_text())["launch"] for folder in folders)
     assert (one["processes"], two["processes"]) == (1, 2)
