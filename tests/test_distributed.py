@@ -137,6 +137,21 @@ def test_deepspeed_leaves_accumulation_and_clipping_to_each_stage() -> None:
     assert not {"gradient_accumulation_steps", "gradient_clipping"} & set(config)
 
 
+def test_deepspeed_is_started_on_each_of_several_nodes_as_the_slurm_script_does() -> None:
+    """By accelerate's default, pdsh, each node would start the processes of all."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    options = "--num_machines 2 --num_processes 8 --machine_rank 1 --main_process_ip n7 --main_process_port 29500"
+    arguments = ["--config_file", str(CONFIGS / "zero3.yaml"), *options.split(), "script.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    args.deepspeed_fields_from_accelerate_config = ""  # set by the command itself
+    command, _ = prepare_deepspeed_cmd_env(args)
+    assert command is None  # no program but torchrun, on this node
+    found = args.nnodes, args.node_rank, args.nproc_per_node, args.rdzv_endpoint
+    assert found == ("2", 1, "4", "n7:29500")
+
+
 def test_several_nodes_differ_from_one_in_the_nodes_alone() -> None:
     one, two = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("fsdp", "fsdp_multi_node"))
     changed = {"num_machines", "num_processes", "main_process_ip", "main_process_port"}
