@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +145,28 @@ def figa(out: Path, processes: int) -> list[dict[str, float]]:
     return [numbers(logs) for logs in trainer.state.log_history if "loss" in logs]
 
 
+def filter_rewards(count: int) -> dict[str, Any]:
+    """Rewards of the first ``count`` pairs as FIGA's filter takes them, and how many responses this process scored."""
+    import fgalign.rewards
+    from fgalign.core.schema import LabelledPair
+    from fgalign.methods.figa import pair_rewards
+
+    reward = fgalign.rewards.reward_function(llama(5, "SequenceClassification", num_labels=1), "sequence")
+    scored = []
+
+    def counted(rollout: Any) -> torch.Tensor:
+        scored.append(len(rollout.truncated))
+        return reward(rollout)
+
+    fgalign.rewards.load_reward = lambda *_: counted
+    context = SimpleNamespace(
+        model=lambda name: None, device=torch.device("cpu"), tokenizer=tokenizer(), autocast=nullcontext
+    )
+    config = SimpleNamespace(needs="rm_preference", score_batch_size=3)
+    initial, revised = pair_rewards([LabelledPair(**pair) for pair in pairs(count)], context, config)
+    return {"initial": initial.tolist(), "revised": revised.tolist(), "scored": sum(scored)}
+
+
 def ppo(out: Path, **config: Any) -> list[dict[str, float]]:
     from fgalign.distributed import full_parameters
     from fgalign.ppo_trainer import FineGrainedPPOConfig, FineGrainedPPOTrainer
@@ -197,6 +220,7 @@ def main() -> None:
         "ppo": ppo(out / "ppo", whiten_rewards=True, inference_batch_size=3, microbatch_size=1),
         "ppo, value model": ppo(out / "value", value_model="separate", gradient_checkpointing=True),
         "ppo, groups": ppo(out / "group", advantage="group", group_size=4, max_grad_norm=0.5),
+        "filter": filter_rewards(7),
     }
     from accelerate import Accelerator
 

@@ -89,6 +89,15 @@ def test_two_processes_with_shared_weights_log_what_one_does(folders: tuple[Path
     assert max(losses) - min(losses) > 0.01
 
 
+def test_two_processes_share_the_rewards_of_figas_filter(folders: tuple[Path, Path]) -> None:
+    one, two = (json.loads((folder / "found.json").read_text())["filter"] for folder in folders)
+    # Both sides of 7 pairs, or of 4 in each of two processes.
+    assert (one["scored"], two["scored"]) == (14, 8)
+    for side in ("initial", "revised"):
+        assert len(set(one[side])) == 7  # the order shows
+        assert two[side] == pytest.approx(one[side], abs=TOLERANCE)
+
+
 def test_the_two_processes_held_half_of_every_model(folders: tuple[Path, Path]) -> None:
     one, two = (json.loads((folder / "found.json").read_text())["launch"] for folder in folders)
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -126,6 +135,21 @@ def test_deepspeed_leaves_accumulation_and_clipping_to_each_stage() -> None:
     """transformers refuses values here that are not the stage's own, and PPO's trainer would not use them."""
     config = yaml.safe_load((CONFIGS / "zero3.yaml").read_text())["deepspeed_config"]
     assert not {"gradient_accumulation_steps", "gradient_clipping"} & set(config)
+
+
+def test_deepspeed_is_started_on_each_of_several_nodes_as_the_slurm_script_does() -> None:
+    """By accelerate's default, pdsh, each node would start the processes of all."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    options = "--num_machines 2 --num_processes 8 --machine_rank 1 --main_process_ip n7 --main_process_port 29500"
+    arguments = ["--config_file", str(CONFIGS / "zero3.yaml"), *options.split(), "script.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    args.deepspeed_fields_from_accelerate_config = ""  # set by the command itself
+    command, _ = prepare_deepspeed_cmd_env(args)
+    assert command is None  # no program but torchrun, on this node
+    found = args.nnodes, args.node_rank, args.nproc_per_node, args.rdzv_endpoint
+    assert found == ("2", 1, "4", "n7:29500")
 
 
 def test_several_nodes_differ_from_one_in_the_nodes_alone() -> None:

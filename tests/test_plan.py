@@ -7,11 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import yaml
 
 from fgalign.config import Profile, load_profile
 from fgalign.errors import ConfigError
 from fgalign.evaluation.config import EvaluationConfig
+from fgalign.methods.figa import FilterConfig, keep_pairs
 from fgalign.plan import (
+    NOT_ESTIMATED,
     Architecture,
     PlanSection,
     Sizes,
@@ -25,6 +29,7 @@ from fgalign.plan import (
     estimate_trainer,
     report,
     sizes,
+    with_filter,
 )
 from fgalign.ppo_trainer import FineGrainedPPOConfig
 from fgalign.training import OptimConfig
@@ -52,6 +57,10 @@ def test_sizes():
     assert sizes(build_on_meta(TINY, "CausalLM")) == POLICY
     assert sizes(build_on_meta(TINY, "SequenceClassification", num_labels=1)) == REWARD
     assert POLICY.rest == 1608
+    # Tied, the output layer is the embeddings; a head takes its place as before.
+    tied = TINY.model_copy(update={"tie_word_embeddings": True})
+    assert sizes(build_on_meta(tied, "CausalLM")) == Sizes(2120, 656, 2)
+    assert sizes(build_on_meta(tied, "SequenceClassification", num_labels=1)) == REWARD
 
 
 def test_llama_7b_has_the_published_number_of_parameters():
@@ -89,8 +98,28 @@ def test_a_trainer(checkpointing, extra, seconds):
         "logits": 16 * 3 * 4 * 100,
     }
     assert found.hours * 3600 == pytest.approx(seconds)
-    assert found.examples == 30 and found.loading == found.host == 11680
+    assert found.examples == 30 and found.host == 11680 and found.before == {"loading": {"weights": 11680}}
     assert found.peak == 23360 + sum(found.phases["training"].values())
+
+
+def test_figas_filter():
+    optim = OptimConfig(learning_rate=1.0, epochs=2, batch_size=1)
+    figa = estimate_trainer(
+        PLAN, "figa", POLICY, optim, examples=10, rows_of_example=2, max_length=5, logit_positions=5
+    )
+    found = with_filter(PLAN, figa, REWARD, SimpleNamespace(score_batch_size=3, max_length=100))
+    # 2,128 parameters of 4 bytes, and of 2 in bf16; one layer of 3 rows x 100 positions x 336.
+    assert found.before == {
+        "loading": {"weights": 11680},
+        "filter": {"weights": 8512, "in bf16": 4256, "activations": 100_800},
+    }
+    assert found.peak == 113_568 and list(found.worst) == ["filter: weights", "filter: in bf16", "filter: activations"]
+    # 10 edits x 2 sides x 8 tokens x 2 x 2,128 operations, shared by both GPUs.
+    assert (found.hours - figa.hours) * 3600 == pytest.approx(0.68096)
+    assert (found.kept, found.phases, found.examples) == (figa.kept, figa.phases, 2)
+    # A GPU has no more than 5 of the 10 edits at once.
+    all_at_once = with_filter(PLAN, figa, REWARD, SimpleNamespace(score_batch_size=64, max_length=100))
+    assert all_at_once.before["filter"]["activations"] == 168_000
 
 
 def test_ppo():
@@ -125,11 +154,35 @@ def test_ppo():
     assert few.hours * 3600 == pytest.approx(3 * (3.262464 + 2 * 0.09184) + 2 * curve)
 
 
+def test_vllm_stays_beside_scoring_and_update():
+    def estimate(engine, lora=None):
+        args = FineGrainedPPOConfig(
+            output_dir="", updates=3, rollout_batch_size=8, minibatch_size=4, response_length=4, rollout_engine=engine,
+            vllm_memory=0.25,
+        )  # fmt: skip
+        config = SimpleNamespace(max_length=10, lora=lora, curve=SimpleNamespace(every=2, prompts=4))
+        return estimate_ppo(PLAN, "ppo", POLICY, None, REWARD, config, args)
+
+    without, either, vllm = (estimate(engine) for engine in ("transformers", "auto", "vllm"))
+    assert all("vLLM" not in phase for phase in without.phases.values())
+    # A quarter of 1 GiB, whichever samples; of transformers alone the weights gathered and the cache.
+    for phase in ("scoring", "update"):
+        assert either.phases[phase] == vllm.phases[phase] == {**without.phases[phase], "vLLM": 2**28}
+    assert either.phases["rollout"] == without.phases["rollout"] and "rollout" not in vllm.phases
+    assert either.peak == vllm.peak == without.peak + 2**28
+    # With an adapter `auto` samples from the trainer's own policy.
+    assert estimate("auto", lora="some") == without
+
+
 def test_answers():
     config = EvaluationConfig(judge="rouge_l", batch_size=4, response_length=2)
     rewards = dict.fromkeys(("rm_preference", "rm_edit", "rm_token"), REWARD)
     found = estimate_generate(PLAN, POLICY, rewards, config, answers=3, longest=6)
-    assert found.kept == {"weights": 11680, "in bf16": 5840} and found.loading == found.host == 11680
+    assert (
+        found.kept == {"weights": 11680, "in bf16": 5840}
+        and found.host == 11680
+        and found.before == {"loading": {"weights": 11680}}
+    )
     assert found.phases == {"rollout": {"cache": 64 * 4 * 8}, "scoring": {"logits": 16 * 4 * 3 * 100}}
     assert found.examples is None and not found.once
     # 3 answers to 9 prompts are 9 batches of 2 steps of (5,840 + 64 x 4 rows x 4 tokens) / 500,000 + 0.01 s; one GPU,
@@ -180,16 +233,79 @@ def test_the_shipped_profile_fits(paper):
         "sft", "rm_preference", "rm_edit", "rm_token", "figa", "ppo_preference", "ppo_edit", "ppo_token",
         "generate", "judge_model@preferences",
     ]  # fmt: skip
-    assert text.splitlines()[-1] == "Not estimated: benchmarks, judging, loading models from disk."
+    assert text.splitlines()[-2:] == [
+        "vLLM, where PPO may sample with it, holds its `vllm_memory` beside scoring and update, in GiB: ppo_preference "
+        "23.7, ppo_edit 23.7, ppo_token 23.7.",
+        "Not estimated: raw, edits, base, labels, reward_models, benchmark, judge, rejudge, curves, tables and "
+        "figures, loading models from disk.",
+    ]
+
+
+def test_what_has_no_estimate_is_a_stage():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert set(NOT_ESTIMATED) - set(stages) == {"tables and figures", "loading models from disk"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "hours"),
+    # 10,000 pairs x 5 epochs x 2 sides x 170 tokens x (8 + 2) passes x 2,920 parameters, on 8 x 0.3 x 10^5 operations a
+    # second; the filter: 10,000 edits x 2 sides x 170 tokens x 2 x 2,128.
+    [
+        ({}, 574.54 + 16.75),
+        ({"filter": None}, 574.54),
+        ({"filter": None, "signal": "reward_difference"}, 574.54 + 16.75),
+    ],
+)
+def test_figa_pays_for_rewards_where_it_takes_them(paper, changes, hours):
+    paper.params["plan"]["tflops"] = 1e-7
+    paper.params["methods"]["figa"] |= changes
+    row = next(line for line in report(paper)[0].splitlines() if line.startswith("figa")).split()
+    assert float(row[3]) == pytest.approx(hours, abs=0.02)
+
+
+def test_the_papers_filter_keeps_pairs_on_any_scale():
+    filtered = FilterConfig(**load_profile("paper", ROOT).params["methods"]["figa"]["filter"])
+    # Mean 0, standard deviation sqrt(8 / 6) = 1.155: the third pair's revision is below -1.155, and loses.
+    initial, revised = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, -2.0])
+    for scale in (0.01, 1.0, 100.0):
+        assert keep_pairs(scale * initial - 7, scale * revised - 7, filtered).tolist() == [True, True, False]
 
 
 def test_the_profile_for_one_gpu_fits_it():
     from fgalign.plan import report
 
     text, wrong = report(load_profile("human-gpu", ROOT))
-    # SmolLM2's 134,515,008 parameters and the output layer, which the plan counts apart from the embeddings.
-    assert not wrong and "0.16 billion parameters, 1 GPUs of 79 GiB" in text
+    assert not wrong and "0.13 billion parameters, 1 GPUs of 79 GiB" in text
+    assert "\n3 seeds share the GPU (`runtime.workers`)" in text
     assert "Not estimated: sft_chosen, " in text
+
+
+def test_smollm2_has_the_published_number_of_parameters():
+    plan = load_profile("human-gpu", ROOT).section("plan", PlanSection)
+    # 30 layers of 3,540,096 (2 x 576 x 576 + 2 x 576 x 192 of attention, 3 x 576 x 1,536, two norms), one embedding of
+    # 49,152 x 576 and a norm.
+    assert sizes(build_on_meta(plan.architecture, "CausalLM")) == Sizes(134_515_008, 3_540_096, 30)
+
+
+def test_seeds_side_by_side_share_the_memory():
+    profile = load_profile("human-gpu", ROOT)
+    text, _ = report(profile)
+    rows = {line.split()[0]: line.split() for line in text.splitlines()[3:20] if line}
+    most, judge = float(rows["ppo_token"][2]), float(rows["judge_model@preferences"][2])
+    # Room for two at a time: three do not fit, but for the judge, which is trained once and alone.
+    profile.params["plan"]["memory_gib"] = room = 2 * most + 0.2
+    assert judge < room < 3 * most
+    _, wrong = report(profile)
+    assert (
+        f"ppo_token: needs 3 times {most:.1f} GiB a GPU, more than {room:g}: use fewer `runtime.workers`, more GPUs or "
+        "smaller batches"
+    ) in wrong
+    assert not any(line.startswith("judge_model") for line in wrong)
+    profile.params["runtime"]["workers"] = 2
+    assert report(profile)[1] == []
+    # Of two GPUs each seed gets both, one seed after another.
+    profile.params["runtime"]["workers"] = 3
+    assert "seeds share the GPU" not in report(profile, gpus=2)[0]
 
 
 def test_best_of_n_answers_n_times(paper):

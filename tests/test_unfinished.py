@@ -7,7 +7,10 @@ import os
 import sys
 
 import pytest
+import torch
 
+import fgalign.core.modeling as modeling
+import fgalign.stages.train as stages
 from fgalign import unfinished
 from fgalign.config import Profile, Section
 from fgalign.core.schema import Edit, write_records
@@ -126,6 +129,26 @@ def test_seeds_side_by_side(profile):
     profile.params["runtime"] = {**RUNTIME, "workers": 3}
     train(profile, tried)  # forked for one seed left: in this process
     assert tried == [2] and list(models(profile)) == ["seed-1", "seed-2", "seed-3"]
+
+
+def test_cuda_starts_in_no_process_that_forks(profile, monkeypatch):
+    """The forked ones could not use it."""
+
+    def started(*_):
+        raise AssertionError("CUDA was started before the seeds were forked")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # set_up leaves it and the next as they should be on a GPU
+    for name in ("leave_out_cudnn_attention", "keep_freed_memory"):
+        monkeypatch.setattr(modeling, name, lambda: None)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("_lazy_init", "device_count", "get_device_name", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, started)
+    forked = []
+    monkeypatch.setattr(stages, "each_seed", lambda names, work, workers: forked.append((names, workers)))
+    profile.params["runtime"] = {"device": "cuda", "workers": 3}
+    train(profile, [])
+    assert forked == [(["seed-1", "seed-2", "seed-3"], 3)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")

@@ -12,13 +12,19 @@ intermediate size, V vocabulary, l layers. Memory, in bytes a GPU, with weights 
 - activations in bf16, for each layer R·L·(26h + 8i); with gradient checkpointing 2·R·L·h for each layer and the above
   for one;
 - logits 16·R·K·V at K positions: in bf16, scaled by the temperature, in float32, and the gradients;
-- loading: transformers' trainers start from the whole model in float32 on each GPU, 4P, and FIGA's filter from a whole
-  reward model; PPO's models are loaded into the host's memory, by every process, and sharded from there;
-- rollouts: the policy gathered whole, 2P, and the key-value cache, 4·l·(key-value heads)·(head size)·L for each row.
+- loading: transformers' trainers start from the whole model in float32 on each GPU, 4P; PPO's models are loaded into
+  the host's memory, by every process, and sharded from there;
+- FIGA's filter, before its training: a whole reward model on each GPU, 4P in float32 and 2P for its copy in bf16, and
+  the activations of one layer, R·L·(26h + 8i);
+- rollouts of transformers: the policy gathered whole, 2P, and the key-value cache, 4·l·(key-value heads)·(head size)·L
+  for each row;
+- vLLM: the share ``vllm_memory`` of the GPU, which it holds while PPO scores and trains too. With ``rollout_engine``
+  auto either may sample, and both count.
 
 Time: training costs 6P operations a token, 8P with gradient checkpointing, a forward pass 2P; seconds are operations /
-(n · ``tflops`` · ``utilisation``). A decoding step takes ``step_overhead_ms``, and the time to read weights and cache
-once at ``bandwidth`` · ``decode_utilisation``; a batch takes as many steps as a response may have tokens.
+(n · ``tflops`` · ``utilisation``). FIGA's filter passes once over both sides of every edit. A decoding step takes
+``step_overhead_ms``, and the time to read weights and cache once at ``bandwidth`` · ``decode_utilisation``; a batch
+takes as many steps as a response may have tokens.
 
 Answering the test prompts (``generate``) takes one GPU and one model at a time: 4P in float32 and 2P for its copy in
 bf16, the cache of the longest prompts, then a forward pass of the policy, its reference and each reward model.
@@ -33,11 +39,17 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fgalign.config import Profile, Section
-from fgalign.core.modeling import parameter_count
+from fgalign.core.modeling import RuntimeConfig, parameter_count
 from fgalign.errors import ConfigError
 from fgalign.evaluation.config import REWARD_MODELS, EvaluationConfig
 
 GIB = 2**30
+
+NOT_ESTIMATED = (
+    "raw", "edits", "base", "labels", "reward_models", "benchmark", "judge", "rejudge", "curves", "tables and figures",
+    "loading models from disk",
+)  # fmt: skip
+"""Stages of every profile that have no estimate, and what no estimate counts."""
 
 
 class Architecture(Section):
@@ -51,6 +63,7 @@ class Architecture(Section):
     num_attention_heads: int
     num_key_value_heads: int
     max_position_embeddings: int
+    tie_word_embeddings: bool = False
 
 
 class DataSize(Section):
@@ -107,23 +120,33 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One stage: bytes a GPU by what they are for (those of phases that do not overlap under the phase's name) and
-    before training begins (``loading``), bytes of a host's memory for each process, hours for one seed, examples of an
-    optimiser step (None: nothing is trained); ``once``: trained once and not for each seed."""
+    """One stage: bytes a GPU by what they are for, ``kept`` throughout and in each of ``phases`` that do not overlap;
+    the same of phases ``before`` anything is kept; bytes of a host's memory for each process, hours for one seed,
+    examples of an optimiser step (None: nothing is trained); ``once``: trained once and not for each seed."""
 
     stage: str
     kept: dict[str, float]
     phases: dict[str, dict[str, float]]
-    loading: float
+    before: dict[str, dict[str, float]]
     host: float
     hours: float
     examples: int | None
     once: bool = False
 
     @property
+    def worst(self) -> dict[str, float]:
+        """Bytes a GPU at the worst moment, by what they are for."""
+        moments = [
+            {**kept, **{f"{phase}: {key}": value for key, value in parts.items()}}
+            for kept, phases in ((self.kept, self.phases), ({}, self.before))
+            for phase, parts in phases.items()
+        ]
+        return max(moments, key=lambda parts: sum(parts.values()))
+
+    @property
     def peak(self) -> float:
         """Bytes a GPU at the worst moment."""
-        return max(self.loading, sum(self.kept.values()) + max(sum(phase.values()) for phase in self.phases.values()))
+        return sum(self.worst.values())
 
 
 def build_on_meta(architecture: Architecture, kind: str, **config: Any) -> Any:
@@ -157,9 +180,14 @@ def sizes(model: Any) -> Sizes:
     return Sizes(parameter_count(model), parameter_count(layers[0]), len(layers))
 
 
+def layer_bytes(a: Architecture, rows: int, length: int) -> float:
+    """Bytes of one layer's activations."""
+    return rows * length * (26 * a.hidden_size + 8 * a.intermediate_size)
+
+
 def activation_bytes(a: Architecture, rows: int, length: int, checkpointing: bool) -> float:
     """Bytes of activations kept for the backward pass."""
-    layer = rows * length * (26 * a.hidden_size + 8 * a.intermediate_size)
+    layer = layer_bytes(a, rows, length)
     if not checkpointing:
         return a.num_hidden_layers * layer
     return a.num_hidden_layers * 2 * rows * length * a.hidden_size + layer
@@ -227,17 +255,36 @@ def estimate_trainer(
                 "logits": logits_bytes(plan.architecture, rows, logit_positions),
             }
         },
-        4.0 * model.total,
+        {"loading": {"weights": 4.0 * model.total}},
         4.0 * model.total,
         training_seconds(plan, passes * model.total * tokens) / 3600,
         optim.batch_size * optim.accumulation * plan.gpus,
     )
 
 
+def with_filter(plan: PlanSection, figa: Estimate, reward: Sizes, config: Any) -> Estimate:
+    """FIGA's estimate with that of the rewards of all pairs, which it takes before it trains: each process holds a
+    whole reward model and scores its share."""
+    data = plan.data
+    rows = min(config.score_batch_size, -(-data.edits // plan.gpus))
+    tokens = 2 * data.edits * (data.prompt_tokens + data.response_tokens)
+    scoring = {
+        "weights": 4.0 * reward.total,
+        "in bf16": 2.0 * reward.total,
+        "activations": layer_bytes(plan.architecture, rows, config.max_length),
+    }
+    return replace(
+        figa,
+        before={**figa.before, "filter": scoring},
+        host=max(figa.host, 4.0 * reward.total),
+        hours=figa.hours + training_seconds(plan, 2 * reward.total * tokens) / 3600,
+    )
+
+
 def estimate_ppo(
     plan: PlanSection, stage: str, policy: Sizes, value: Sizes | None, reward: Sizes, config: Any, args: Any
 ) -> Estimate:
-    """A PPO method with rollouts from transformers; ``value`` None is a head on the policy."""
+    """A PPO method, its hours with rollouts from transformers; ``value`` None is a head on the policy."""
     a, data, n = plan.architecture, plan.data, plan.gpus
     trained = Sizes(policy.total + (value.total if value else 0), policy.layer, policy.layers)
     share = -(-args.rollout_batch_size // n)
@@ -256,6 +303,11 @@ def estimate_ppo(
             "logits": logits_bytes(a, microbatch, args.response_length + 1),
         },
     }
+    if may_use_vllm(config, args):
+        for phase in ("scoring", "update"):
+            phases[phase]["vLLM"] = args.vllm_memory * plan.memory_gib * GIB
+    if args.rollout_engine == "vllm":
+        del phases["rollout"]  # vLLM alone, and less than while it is beside the others
     sequence = data.prompt_tokens + data.response_tokens
     forward = 2 * (2 * policy.total + reward.total + (value.total if value else 0))
     step = (8 if checkpointing else 6) * trained.total * args.epochs
@@ -274,7 +326,12 @@ def estimate_ppo(
     if args.reward_scale == "reference_std":
         seconds += rollout(args.calibration_prompts)
     host = 4.0 * (2 * policy.total + reward.total + (value.total if value else 0))
-    return Estimate(stage, kept, phases, 0.0, host, seconds / 3600, args.minibatch_size)
+    return Estimate(stage, kept, phases, {}, host, seconds / 3600, args.minibatch_size)
+
+
+def may_use_vllm(config: Any, args: Any) -> bool:
+    """Whether a PPO method samples with vLLM, or does where it is installed (``rollout_engine.choose_engine``)."""
+    return args.rollout_engine == "vllm" or (args.rollout_engine == "auto" and config.lora is None)
 
 
 def estimate_generate(
@@ -297,7 +354,7 @@ def estimate_generate(
             "rollout": {"cache": cache_bytes(a, rows, longest + config.response_length)},
             "scoring": {"logits": logits_bytes(a, rows, config.response_length + 1)},
         },
-        4.0 * policy.total,
+        {"loading": {"weights": 4.0 * policy.total}},
         4.0 * policy.total,
         (seconds + training_seconds(one_gpu, forward * tokens)) / 3600,
         None,
@@ -374,12 +431,13 @@ def estimates(profile: Profile, plan: PlanSection) -> list[Estimate]:
         answers += getattr(config, "n", 1) if config.kind == "best_of_n" else 1
         if config.kind == "figa":
             counts = config.optim.accumulation > 1 or plan.gpus > 1
-            found.append(
-                estimate_trainer(
-                    plan, name, causal, config.optim, examples=data.figa_pairs, rows_of_example=2,
-                    max_length=config.max_length, logit_positions=config.max_length, extra_passes=int(counts),
-                )
+            estimate = estimate_trainer(
+                plan, name, causal, config.optim, examples=data.figa_pairs, rows_of_example=2,
+                max_length=config.max_length, logit_positions=config.max_length, extra_passes=int(counts),
             )  # fmt: skip
+            if config.filter is not None or config.signal == "reward_difference":
+                estimate = with_filter(plan, estimate, rewards[config.needs], config)
+            found.append(estimate)
         elif config.kind == "ppo":
             args = FineGrainedPPOConfig(output_dir="", **config.trainer)
             check_config(args)
@@ -444,11 +502,20 @@ def problems(profile: Profile, plan: PlanSection, found: list[Estimate]) -> Iter
                 "change batch_size or accumulation"
             )
     for estimate in found:
-        if estimate.peak > plan.memory_gib * GIB:
+        count = 1 if estimate.once else side_by_side(profile, plan)
+        if count * estimate.peak > plan.memory_gib * GIB:
+            times, fewer = (f"{count} times ", "fewer `runtime.workers`, ") if count > 1 else ("", "")
             yield (
-                f"{estimate.stage}: needs {estimate.peak / GIB:.1f} GiB a GPU, more than {plan.memory_gib:g}: use more "
-                "GPUs or smaller batches"
+                f"{estimate.stage}: needs {times}{estimate.peak / GIB:.1f} GiB a GPU, more than {plan.memory_gib:g}: "
+                f"use {fewer}more GPUs or smaller batches"
             )
+
+
+def side_by_side(profile: Profile, plan: PlanSection) -> int:
+    """Seeds that share a GPU: ``runtime.workers`` of them where there is one GPU. Several are all given to each seed in
+    turn."""
+    workers = profile.section("runtime", RuntimeConfig).workers or 1
+    return min(workers, len(profile.seeds)) if plan.gpus == 1 else 1
 
 
 def report(profile: Profile, gpus: int | None = None) -> tuple[str, list[str]]:
@@ -479,11 +546,7 @@ def report(profile: Profile, gpus: int | None = None) -> tuple[str, list[str]]:
         "GiB of",
     ]
     for estimate in found:
-        worst = max(estimate.phases, key=lambda phase: sum(estimate.phases[phase].values()))
-        parts = {**estimate.kept, **{f"{worst}: {key}": value for key, value in estimate.phases[worst].items()}}
-        if estimate.loading > sum(parts.values()):
-            parts = {"loading": estimate.loading}
-        shown = ", ".join(f"{key} {value / GIB:.1f}" for key, value in parts.items() if value)
+        shown = ", ".join(f"{key} {value / GIB:.1f}" for key, value in estimate.worst.items() if value)
         step = estimate.examples or "-"
         lines.append(
             f"{estimate.stage:<{width}}{step:>7}  {estimate.peak / GIB:>9.1f}  {estimate.hours:>12.2f}  "
@@ -497,17 +560,28 @@ def report(profile: Profile, gpus: int | None = None) -> tuple[str, list[str]]:
         "",
         f"Assumed: {plan.utilisation:.0%} of the peak in training, {plan.decode_utilisation:.0%} of {plan.bandwidth:g} "
         f"GB/s in decoding and {plan.step_overhead_ms:g} ms a step; prompts of {plan.data.prompt_tokens} and responses "
-        f"of {plan.data.response_tokens} tokens on average; rollouts from transformers; formulas in plan.py.",
+        f"of {plan.data.response_tokens} tokens on average; hours of rollouts from transformers; formulas in plan.py.",
         f"Host memory while loading: {max(estimate.host for estimate in found) / GIB:.0f} GiB a process.",
         f"Disk: {4 * model.total / GIB:.0f} GiB a saved model, one a stage and seed (a judge has one): "
         f"{4 * model.total / GIB * (saved + 1):.0f} GiB in all, and as much again in DVC's cache where the file system "
         "cannot share files (reflinks).",
     ]
+    vllm = {estimate.stage: estimate.phases["update"].get("vLLM") for estimate in found if "update" in estimate.phases}
+    if held := [f"{stage} {share / GIB:.1f}" for stage, share in vllm.items() if share]:
+        lines.append(
+            "vLLM, where PPO may sample with it, holds its `vllm_memory` beside scoring and update, in GiB: "
+            f"{', '.join(held)}."
+        )
+    if (count := side_by_side(profile, plan)) > 1:
+        lines.append(
+            f"{count} seeds share the GPU (`runtime.workers`): its memory has to hold each row {count} times, but for "
+            "what is trained once; hours are those of one seed after another."
+        )
     estimated = {estimate.stage for estimate in found}
     others = [
         name
         for name in profile.params.get("methods", {})
         if name not in estimated and method_config(profile, name)[1].kind != "best_of_n"
     ]
-    lines.append(f"Not estimated: {', '.join([*others, 'benchmarks', 'judging', 'loading models from disk'])}.")
+    lines.append(f"Not estimated: {', '.join([*others, *NOT_ESTIMATED])}.")
     return "\n".join(lines), wrong

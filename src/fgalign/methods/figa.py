@@ -29,6 +29,7 @@ from fgalign.core.modeling import check_float32, check_kept, freeze_in_bf16, loa
 from fgalign.core.schema import BAD, GOOD, LabelledPair
 from fgalign.core.tensor_ops import pad, token_logps
 from fgalign.core.tokens import encode_response
+from fgalign.distributed import own_rows
 from fgalign.errors import ConfigError, InputError, TrainingError
 from fgalign.labels import Unit, label_bag_of_words, label_by_unit
 from fgalign.losses.figa import (
@@ -40,6 +41,7 @@ from fgalign.losses.figa import (
     revised_weights,
     scored_labels,
 )
+from fgalign.parallel import process_count
 from fgalign.training import (
     OptimConfig,
     add_lora,
@@ -391,17 +393,26 @@ def reference_pairs(pairs: list[LabelledPair], context: Context, config: Config)
 
 
 def pair_rewards(pairs: list[LabelledPair], context: Context, config: Config) -> tuple[Tensor, Tensor]:
-    """Rewards of the initial and the revised responses under the model ``config.needs``: (N,), (N,)."""
+    """Rewards of the initial and the revised responses under the model ``config.needs``: (N,), (N,). Each of several
+    launched processes scores its share, and all get the same numbers, so that they keep the same pairs."""
+    from accelerate import PartialState
+    from accelerate.utils import gather
+
     from fgalign.rewards import load_reward
     from fgalign.rewards.scoring import score_responses
 
     reward = load_reward(config.needs, context.model(config.needs), context.device)
-    prompts = [pair.prompt_ids for pair in pairs]
+    alone = process_count() == 1
+    own = pairs if alone else [pairs[row] for row in own_rows(len(pairs), PartialState())]
+    prompts = [pair.prompt_ids for pair in own]
     with context.autocast():
         initial, revised = (
             score_responses(reward, prompts, sides, context.tokenizer, config.score_batch_size, context.device)
-            for sides in ([pair.initial_ids for pair in pairs], [pair.revised_ids for pair in pairs])
+            for sides in ([pair.initial_ids for pair in own], [pair.revised_ids for pair in own])
         )
+    if alone:
+        return initial, revised
+    initial, revised = (gather(side.to(context.device))[: len(pairs)].cpu() for side in (initial, revised))
     return initial, revised
 
 
