@@ -21,7 +21,16 @@ from fgalign.report.claims import CLAIMS, build_claims, claims_path, read_claims
 from fgalign.report.config import reinforced_methods, report_config
 from fgalign.report.figures import FIGURES, _band, _lines, build_figure
 from fgalign.report.index import Stage, row_source, run_names, write_index
-from fgalign.report.paper import build_paper, compile_typst, paper_inputs
+from fgalign.report.paper import (
+    SET_BY_RUN,
+    _ppo_settings,
+    _search,
+    _values,
+    build_paper,
+    compile_typst,
+    paper_inputs,
+    ppo_defaults,
+)
 from fgalign.report.reported import Reported, verdict
 from fgalign.report.style import METHODS, SPARE_MARKERS, method_styles, metric_style, row_label
 from fgalign.report.tables import TABLES, _accuracy, blocks, build_table, table_paths
@@ -737,6 +746,144 @@ def test_paper_shows_the_claims_with_more_seeds_once_they_were_tested(built, tmp
     assert shown["more_seeds"]["claims"]["rows"][0]["sentence"] == shown["main"]["claims"]["rows"][0]["sentence"]
     assert claims_path(more) in paper_inputs(root)
     assert (root / "paper" / "main.pdf").read_bytes() != without
+
+
+def texts_of(source, selector):
+    """What the compiled paper says in the elements of a selector, in pieces."""
+    import typst
+
+    found = json.loads(typst.query(source, selector, root=source.parent, ignore_system_fonts=True))
+    pieces = []
+
+    def walk(node):
+        if isinstance(node, dict) and node.get("func") in ("text", "raw", "space"):
+            pieces.append(node.get("text", " "))
+        elif isinstance(node, dict | list):
+            for child in node.values() if isinstance(node, dict) else node:
+                walk(child)
+
+    walk(found)
+    return pieces
+
+
+def test_paper_shows_all_that_the_human_profile_can_have(built, tmp_path):
+    import shutil
+
+    import yaml
+
+    root = tmp_path / "copy"
+    shutil.copytree(built.root, root)
+    human = made_up.write_profile(root, "human", judge_title="ROUGE-L F1 with the gold long answer")
+    made_up.add_studies(human)
+    rates = {"optim.learning_rate": [0.0002, 4e-05], "optim.max_steps": [48]}
+    human.params["search"]["reward_models"] = {"rm_preference": rates}
+    human.params["rm_preference"] = {"optim": {"learning_rate": 4e-05, "max_steps": 144}}
+    human.file.write_text(yaml.safe_dump(human.params, sort_keys=False), encoding="utf-8")
+    made_up.write_metrics(human, prompts=7)
+    made_up.write_more_metrics(human, prompts=7)
+    rows = [
+        [
+            "rm_preference",
+            number,
+            f"optim.learning_rate={rate}; optim.max_steps=48",
+            "accuracy_preference",
+            value,
+            number,
+        ]
+        for number, (rate, value) in enumerate((("0.0002", 0.40625), ("4e-05", 0.53125)))
+    ]
+    header = "model,candidate,parameters,metric,value,chosen"
+    made_up.write_csv(human.sweeps / "metrics" / "search_rewards.csv", header, rows)
+    for name in ("labels", "figa_main", "search", "judges", "xu_reward_models", "xu_win_rate"):
+        build_table(human, name)
+    build_paper(root)
+    source = root / "paper" / "main.typ"
+    numbers = json.loads((root / "paper" / "generated" / "numbers.json").read_text())
+    # The accuracy's own number of preferences, as the file has rows.
+    assert numbers["human"]["judge_pairs"] == {"rouge_l": 7}
+    assert human.results / "metrics" / "judges" / "rouge_l_preferences.csv" in paper_inputs(root)
+    assert "(7 preferences; " in "".join(texts_of(source, "figure"))
+    found = texts_of(source, "<human-search>")
+    # A column a rate, from low to high; no raw keys.
+    assert found[found.index("0.00004") + 1] == "0.0002" and not any("max_steps" in text for text in found)
+    assert "Sequence, preferences(48 steps here, 144 in the run)" in "".join(found).replace(" (", "(")
+    # A row without a line of its own in the table of what methods use has dashes.
+    numbers["main"]["methods"].append(["novel", "Novel"])
+    # The text follows the numbers: the fewest and the most answers cut off, and where intervals lie.
+    for row, share in zip(numbers["human"]["methods"], ("9.5", "10.5", "9.0", "10.0", "10.0", "10.0"), strict=True):
+        numbers["human"]["values"]["figa_main"][row[0]]["truncated"]["value"] = share
+    for row, where in (("gamma_1", "above"), ("beta_0", "around")):
+        cell = {"value": f"+{row}", "interval": "", "unit": "points", "side": where}
+        numbers["main"]["values"]["figa_sweeps"][row] = {"difference_to_first": cell}
+    (root / "paper" / "generated" / "numbers.json").write_text(json.dumps(numbers))
+    used = texts_of(source, "<uses>")
+    assert used[used.index("Novel") + 1 :][:4] == ["–"] * 4
+    text = " ".join("".join(texts_of(source, "par")).split())
+    assert re.search(r"in 9\.0%[^%]*\(FIGA\) to 10\.5%[^%]*\(SFT\) of the cases", text)
+    assert "+gamma_1 points, a gain; to leave" in text and "by +beta_0 points, an interval that holds zero." in text
+    # One sentence says of `human` what the other does.
+    assert "chosen on the validation split" in text and "were set by hand, but for the learning rates" in text
+
+
+def test_candidates_of_a_search_by_hand(profile):
+    profile.params["methods"]["figa"]["optim"] = {"learning_rate": 0.0002, "max_steps": 48, "decay": 0.5}
+    cells = [
+        Cell("figa/0: optim.learning_rate=2e-05; optim.max_steps=24", "search_win_rate", 20.0, 10.0, 30.0),
+        Cell("figa/0: optim.learning_rate=2e-05; optim.max_steps=24", "chosen", 0.0),
+        Cell("figa/1: optim.learning_rate=0.0002; optim.max_steps=24", "search_win_rate", 25.0),
+        Cell("figa/1: optim.learning_rate=0.0002; optim.max_steps=24", "chosen", 1.0),
+    ]
+    shown = _search(profile, cells)
+    assert [(row["method"], row["rate"], row["other"], row["chosen"]) for row in shown["candidates"]] == [
+        ("FIGA", "0.00002", [["max_steps", "24"]], False),
+        ("FIGA", "0.0002", [["max_steps", "24"]], True),
+    ]
+    assert [(row["value"], row["interval"]) for row in shown["candidates"]] == [("20.0", "[10.0, 30.0]"), ("25.0", "")]
+    assert {row["measure"] for row in shown["candidates"]} == {"Win rate, validation (%)"}
+    # The run has the chosen rate and other steps.
+    assert shown["runs"] == [{"method": "FIGA", "key": "max_steps", "chosen": "24", "run": "48"}]
+    # What the profile says nothing of is no difference.
+    del profile.params["methods"]["figa"]["optim"]
+    assert _search(profile, cells)["runs"] == []
+
+
+def test_on_which_side_of_zero_a_difference_lies():
+    ends = {"above": (0.1, 2.0), "below": (-2.0, -0.1), "around": (0.0, 2.0), "": (None, None)}
+    cells = [Cell(name, "difference_to_first", 1.0, *bounds) for name, bounds in ends.items()]
+    values = _values([*cells, Cell("above", "win_rate", 50.0, 40.0, 60.0)])
+    assert {name: row["difference_to_first"]["side"] for name, row in values.items()} == {name: name for name in ends}
+    assert "side" not in values["above"]["win_rate"]
+
+
+def test_ppo_defaults_are_those_of_the_trainer():
+    from dataclasses import fields
+
+    from fgalign.methods import ppo
+    from fgalign.ppo_trainer import FineGrainedPPOConfig
+
+    assert SET_BY_RUN == ppo.SET_BY_RUN
+    known = [field for field in fields(FineGrainedPPOConfig) if field.name not in SET_BY_RUN]
+    assert ppo_defaults() == {field.name: field.default for field in known}
+    text = " ".join((ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split())
+    said = "GAE with `lam` {lam} and `gamma` {gamma}; `clip_range` (ε) {clip_range} and `clip_range_value` "
+    said += "{clip_range_value}; `value_coef` {value_coef}; `kl_coef` {kl_coef}."
+    assert said.format(**ppo_defaults()) in text
+
+
+def test_what_ppo_runs_with_by_hand(profile):
+    profile.params["methods"]["ppo_preference"]["trainer"] = {"kl_coef": 0.15, "learning_rate": 5e-05}
+    profile.params["methods"]["ppo_edit"]["trainer"] = {"kl_coef": 0.15}
+    profile.params["methods"]["ppo_token"]["trainer"] = {"kl_coef": 0.15, "clip_range_value": None}
+    shown = _ppo_settings([profile])
+    rows = {row["key"]: row["cells"][0] for row in shown["rows"]}
+    assert shown["profiles"] == ["mini"] and set(rows) == set(ppo_defaults())
+    assert rows["kl_coef"] == {"value": "0.15", "set": True, "others": []}
+    # The trainer's default is 1e-5.
+    rest = [("0.00001", ["Fine-grained PPO (edits)", "Token-level PPO"])]
+    assert rows["learning_rate"] == {"value": "0.00005", "set": True, "others": rest}
+    assert rows["clip_range"] == {"value": "0.2", "set": False, "others": []}
+    assert rows["clip_range_value"] == {"value": "0.2", "set": False, "others": [("none", ["Token-level PPO"])]}
+    assert rows["whiten_advantages"]["value"] == "yes"
 
 
 def test_paper_compiles_without_what_not_every_profile_has(built, tmp_path):

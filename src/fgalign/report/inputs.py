@@ -165,10 +165,15 @@ def read_rejudged(profile: Profile, judge: str, method: str) -> Grid:
     return read_grid(path, profile.seeds, columns, f"the stage rejudge@{judge}", where={"method": method})
 
 
+def preferred_path(profile: Profile, judge: str) -> Path:
+    """The file of ``read_preferred``."""
+    return metrics_path(profile, f"judges/{judge}_preferences.csv")
+
+
 def read_preferred(profile: Profile, judge: str) -> dict[str, list[float]]:
     """How much of each held-out preference another judge gives to the side that people chose (``correct``), and the
     profile's own judge (``main_correct``); without a judge that could not be asked."""
-    path, writer = metrics_path(profile, f"judges/{judge}_preferences.csv"), f"the stage rejudge@{judge}"
+    path, writer = preferred_path(profile, judge), f"the stage rejudge@{judge}"
     rows = read_rows(path, ("id",), writer)
     return {
         column: [number(row[column], path, line, column) for line, row in enumerate(rows, start=2)]

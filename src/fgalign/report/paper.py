@@ -7,19 +7,22 @@ same inputs give the same bytes.
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from fgalign.config import DEFAULT_PROFILE, Profile, known_profiles, load_profile
 from fgalign.errors import FgalignError, InputError
 from fgalign.io import atomic_dir, atomic_file, read_json, write_json
+from fgalign.report import inputs
 from fgalign.report.cells import MINUS, Cell, display, read_table
 from fgalign.report.claims import BEYOND, LEVEL, VERDICTS, Result, claims_from_csv, claims_path, read_claims, untested
-from fgalign.report.config import other_judges, report_config
+from fgalign.report.config import PLAIN_PPO, other_judges, report_config
 from fgalign.report.figures import FIGURES, figure_paths
 from fgalign.report.reported import FIGA_ROW, FIGA_SOURCE, REPORTED, Reported, verdict
-from fgalign.report.style import BENCHMARK, metric_style, row_label
+from fgalign.report.style import BENCHMARK, method_style, metric_style, row_label
 from fgalign.report.tables import TABLES, blocks, table_paths
 
 HUMAN = "human"
@@ -34,12 +37,15 @@ EARLIER = {
     "another base model": "results/other-base-models/intel-xeon/claims-12-seeds.csv",
 }
 """Claims of the profile with more seeds as they came out before; no stage writes them again."""
+PPO_SOURCE = Path(__file__).resolve().parents[1] / "ppo_trainer.py"
+SET_BY_RUN = ("output_dir", "seed", "bf16", "use_cpu", "vllm_max_length")
+"""Fields of the PPO trainer's arguments that no profile sets among them (``methods.ppo.SET_BY_RUN``)."""
 
 
 def paper_inputs(root: Path) -> list[Path]:
     """The files that ``build_paper`` reads: the source, and of the default profile its samples, the tables and figures
     that every profile has, and those of the others that were built, with the claims; of the human profile what was
-    built; the claims with more seeds."""
+    built; the claims with more seeds; beside the table of the judges the preferences that they were asked about."""
     profile = load_profile(DEFAULT_PROFILE, root)
     paths = [root / "paper" / "main.typ", profile.file, profile.results / "samples.json"]
     paths += [path for name in _shown_tables(profile) for path in table_paths(profile, name)]
@@ -47,6 +53,8 @@ def paper_inputs(root: Path) -> list[Path]:
     human = _human(root)
     if human:
         paths += [human.file, *(path for _, path in _built_tables(human)), *_built_figures(human)]
+    for item in (profile, human):
+        paths += [inputs.preferred_path(item, judge) for judge in _asked(item)] if item else []
     tested = [claims_path(item) for item in (profile, human, _more_seeds(root)) if item]
     tested += [root / path for path in EARLIER.values()]
     return paths + [path for path in tested if path.exists()]
@@ -112,6 +120,7 @@ def paper_numbers(profile: Profile, human: Profile | None) -> dict[str, Any]:
         "published_figa_row": {"source": FIGA_SOURCE, "cells": [list(item) for item in FIGA_ROW.items()]},
         "sample": _sample(profile),
         "settings": _settings(profile),
+        "ppo_settings": _ppo_settings([profile, *([human] if human else [])]),
     }
 
 
@@ -126,12 +135,19 @@ def _profile_numbers(profile: Profile, names: list[str]) -> dict[str, Any]:
         "methods": [[name, row_label(profile, "figa_main", name)] for name in config.methods],
         "prompts": profile.params.get("evaluation", {}).get("prompts"),
         "other_judges": [judge.model_dump() for judge in other_judges(profile).values()],
+        "judge_pairs": {judge: len(inputs.read_preferred(profile, judge)["correct"]) for judge in _asked(profile)},
+        "search": _search(profile, tables["search"]) if "search" in tables else None,
         "tables": {name: _shown(profile, name, cells) for name, cells in tables.items()},
         "missing_tables": [TABLES[name].title for name in TABLES if name not in [*names, *_without_rows(profile)]],
         "figures": [name for name in FIGURES if all(path.exists() for path in figure_paths(profile, name))],
         "claims": _claims(profile),
         "values": {name: _values(cells) for name, cells in tables.items()},
     }
+
+
+def _asked(profile: Profile) -> list[str]:
+    """The other judges whose accuracy on people's preferences a table shows."""
+    return list(other_judges(profile)) if table_paths(profile, "judges")[0].exists() else []
 
 
 def _without_rows(profile: Profile) -> list[str]:
@@ -238,14 +254,67 @@ def _why(result: Result) -> str:
     return "reversed" if result.p_holm < LEVEL else f"below {result.smallest_effect:g}"
 
 
+def _search(profile: Profile, cells: list[Cell]) -> dict[str, list[dict[str, Any]]]:
+    """The search for typst: its candidates, and settings of what was chosen with which the profile does not run, as
+    where the steps of all were set by the one that they were tried for."""
+    chosen = {cell.method for cell in cells if cell.metric == "chosen" and cell.mean}
+    candidates, runs = [], []
+    for cell in cells:
+        if cell.metric == "chosen":
+            continue
+        name, parameters = cell.method.partition("/")[0], cell.method.partition(": ")[2]
+        method = method_style(profile, name).label
+        pairs = [pair.split("=", 1) for pair in parameters.split("; ") if pair]
+        used = profile.params.get("methods", {}).get(name) or profile.params.get(name)
+        for key, value in pairs if cell.method in chosen else []:
+            run = _dotted(used, key)
+            if run is not None and _plain(run) != _plain(value):
+                runs.append({"method": method, "key": _last(key), "chosen": _plain(value), "run": _plain(run)})
+        shown = display(cell)
+        candidates.append(
+            {
+                "block": TABLES["search"].block(profile, cell),
+                "method": method,
+                "rate": next((_plain(value) for key, value in pairs if _last(key) == "learning_rate"), ""),
+                "other": [[_last(key), _plain(value)] for key, value in pairs if _last(key) != "learning_rate"],
+                "measure": metric_style(cell.metric).title,
+                "value": shown.value,
+                "interval": shown.interval,
+                "chosen": cell.method in chosen,
+            }
+        )
+    return {"candidates": candidates, "runs": runs}
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _dotted(entry: Any, key: str) -> Any:
+    """The value of a dotted key in nested sections; None where a part is missing."""
+    for part in key.split("."):
+        entry = entry.get(part) if isinstance(entry, dict) else None
+    return entry
+
+
 def _values(cells: list[Cell]) -> dict[str, dict[str, dict[str, str]]]:
-    """``method -> metric -> {value, interval, unit}`` for single numbers in the text."""
+    """``method -> metric -> {value, interval, unit}`` for single numbers in the text; of a difference also ``side``."""
     values: dict[str, dict[str, dict[str, str]]] = {}
     for cell in cells:
         shown = display(cell)
         entry = {"value": shown.value, "interval": shown.interval, "unit": metric_style(cell.metric).unit}
+        if cell.metric.startswith("difference_"):
+            entry["side"] = _side(cell)
         values.setdefault(cell.method, {})[cell.metric] = entry
     return values
+
+
+def _side(cell: Cell) -> str:
+    """Where the interval of a difference lies: wholly ``above`` zero, wholly ``below`` it, or ``around`` it; empty
+    without an interval."""
+    if cell.low is None or cell.high is None:
+        return ""
+    return "above" if cell.low > 0 else "below" if cell.high < 0 else "around"
 
 
 def _comparisons(profile: Profile, more: Profile | None) -> dict[str, dict[str, Any]]:
@@ -303,13 +372,85 @@ def _sample(profile: Profile) -> dict[str, Any]:
         }
         for method in methods
     ]
-    return {**{key: sample[key] for key in ("id", "prompt", "reference")}, "responses": responses}
+    absent = [
+        row_label(profile, "figa_main", method)
+        for method in report_config(profile).judged_methods
+        if method not in sample["responses"]
+    ]
+    shown = {key: sample[key] for key in ("id", "prompt", "reference")}
+    return {**shown, "responses": responses, "absent": absent}
 
 
 def _settings(profile: Profile) -> list[list[str]]:
-    """What the appendix shows of a profile: dotted keys and values, without titles, grids and lists of stages."""
-    rows = _flatten({key: value for key, value in profile.params.items() if key not in _NOT_SHOWN})
+    """What the appendix shows of a profile: dotted keys and values, without titles, grids and lists of stages, and
+    without the arguments of PPO, which have a table."""
+    params = {key: value for key, value in profile.params.items() if key not in _NOT_SHOWN}
+    for name in _ppo_methods(profile):
+        own = {key: value for key, value in params["methods"][name].items() if key != "trainer"}
+        params["methods"] = {**params["methods"], name: own}
+    rows = _flatten(params)
     return [row for row in rows if row[1] != "{}" and not {"title", "search"} & set(row[0].split(".")[1:])]
+
+
+def _ppo_settings(profiles: list[Profile]) -> dict[str, Any]:
+    """The arguments with which PPO trains, the profile's or else the default: for each, by profile, the value of plain
+    PPO, whether the profile sets it, and the other values with the methods that have them."""
+    runs = {
+        profile.name: {
+            method_style(profile, name).label: profile.params["methods"][name].get("trainer") or {}
+            for name in _ppo_methods(profile)
+        }
+        for profile in profiles
+    }
+    rows = []
+    for key, default in ppo_defaults().items():
+        cells = []
+        for methods in runs.values():
+            values: dict[str, list[str]] = {}
+            for label, trainer in methods.items():
+                values.setdefault(_plain(trainer.get(key, default)), []).append(label)
+            (value, _), *others = values.items() if values else [("", [])]
+            cells.append({"value": value, "set": key in next(iter(methods.values()), {}), "others": others})
+        rows.append({"key": key, "cells": cells})
+    return {"profiles": list(runs), "rows": rows}
+
+
+def _ppo_methods(profile: Profile) -> list[str]:
+    """Methods of the profile that PPO's trainer trains, plain PPO first."""
+    known, entries = report_config(profile).ppo_methods, profile.params.get("methods", {})
+    names = [name for name, entry in entries.items() if entry.get("kind") == "ppo" or name in known]
+    return sorted(names, key=lambda name: name != PLAIN_PPO)
+
+
+def ppo_defaults() -> dict[str, Any]:
+    """Defaults of ``FineGrainedPPOConfig`` but for what a run sets by itself. They are read from the source, as the
+    report imports nothing that trains.
+
+    Raises:
+        FgalignError: the source has no such class, or a default that is no literal.
+    """
+    tree = ast.parse(PPO_SOURCE.read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "FineGrainedPPOConfig"]
+    if len(classes) != 1:
+        raise FgalignError(f"{PPO_SOURCE}: expected one class FineGrainedPPOConfig, found {len(classes)}")
+    fields = [node for node in classes[0].body if isinstance(node, ast.AnnAssign) and node.value is not None]
+    try:
+        found = {ast.unparse(node.target): ast.literal_eval(node.value) for node in fields}
+    except ValueError as error:
+        raise FgalignError(f"{PPO_SOURCE}: FineGrainedPPOConfig: expected literals as defaults: {error}") from None
+    return {name: value for name, value in found.items() if name not in SET_BY_RUN}
+
+
+def _plain(value: Any) -> str:
+    """A setting as readers see it: numbers without exponent."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    try:
+        number = Decimal(str(value))
+    except InvalidOperation:
+        return str(value)
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _flatten(value: Any, prefix: str = "") -> list[list[str]]:
