@@ -88,6 +88,8 @@ def win_rates(profile: Profile) -> Figure:
     _points(axis, cells, [method_style(profile, cell.method) for cell in cells])
     axis.set_yticks(range(len(cells)), [styles[cell.method].label for cell in cells])
     axis.axvline(50, color="black", linestyle="--", linewidth=0.9)
+    above = {"xycoords": ("data", "axes fraction"), "xytext": (0, 3), "textcoords": "offset points"}
+    axis.annotate("as good as the reference", (50, 1), **above, ha="center", va="bottom", fontsize=7)
     axis.set_xlabel("Win rate against the reference answers (%), mean and 95% interval")
     return figure
 
