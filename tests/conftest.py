@@ -16,6 +16,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 VOCAB, PAD, EOS = 30, 0, 1
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--gpu``: see ``pytest_configure``."""
+    parser.addoption("--gpu", action="store_true", help="let tests see the GPUs of this machine (tests/test_gpu.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs: tests compare with numbers that are on the CPU, and trainers would take a GPU that is there."""
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 SENTENCES = [
     "the cat sat on the mat",
     "the dog sat on the log",
