@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import tensor
 
-from fgalign import training
+from fgalign import sft, training
 from fgalign.config import ConfigError, Profile, Section, parse_section
 from fgalign.context import Context
 from fgalign.core.compiled import OPTIONS
@@ -21,9 +21,23 @@ from fgalign.core.schema import SPLITS, Demonstration, Edit, Preference, Prompt,
 from fgalign.core.tokens import encode_prompt, encode_response
 from fgalign.errors import InputError, TrainingError
 from fgalign.labels import LabelConfig, label_edits
-from fgalign.methods import METHODS, best_of_n, coh, dpo, expert_iteration, figa, get_method, rrhf, supervised
+from fgalign.methods import (
+    METHODS,
+    best_of_n,
+    coh,
+    dpo,
+    expert_iteration,
+    figa,
+    get_method,
+    ppo,
+    rrhf,
+    simpo,
+    supervised,
+)
+from fgalign.rewards import training as rewards
+from fgalign.stages import train as stages
 from fgalign.tracking import Run
-from fgalign.training import OptimConfig, ProgressCallback, decay, row_length
+from fgalign.training import LengthSection, OptimConfig, ProgressCallback, decay, fitting, row_length
 
 TRIPLES = [
     ("where is the cat?", "the cat sat on the mat", "the cat sat on the log"),
@@ -127,7 +141,7 @@ def test_supervised_rows(context, rows, tokenizer):
     supervised.run(context, config("supervised", response="revised"))
     texts = [f"<|user|>{edit.prompt}<|assistant|>{edit.revised}<|end|>" for edit in EDITS]
     assert [tokenizer.decode(row["input_ids"]) for row in rows] == texts
-    with pytest.raises(InputError, match=r"pair '0': prompt and completion have \d+ tokens, more than max_length 9; "):
+    with pytest.raises(InputError, match=r"pair '0': prompt and response have \d+ tokens, more than max_length 9; "):
         supervised.run(context, config("supervised", response="chosen", max_length=9))
 
 
@@ -166,14 +180,13 @@ def test_decoding_of_coh_continues_as_training_began(context, rows, tokenizer):
 
 
 def test_dpo_rows(tokenizer):
-    (row, *_) = dpo.preference_rows(tokenizer, RECORDS, 64)
+    (_, tokens, row), *_ = dpo.preference_rows(tokenizer, RECORDS)
+    assert tokens == max(lengths(tokenizer, "chosen", "rejected")[:2])
     assert row == {
         "prompt_ids": encode_prompt(tokenizer, RECORDS[0].prompt),
         "chosen_ids": encode_response(tokenizer, RECORDS[0].chosen),
         "rejected_ids": encode_response(tokenizer, RECORDS[0].rejected),
     }
-    with pytest.raises(InputError, match=r"pair '0': prompt and response have \d+ tokens, more than max_length 8; "):
-        dpo.preference_rows(tokenizer, RECORDS, 8)
 
 
 def test_rrhf_rows(context, tokenizer):
@@ -705,13 +718,139 @@ def test_dropout_that_dpo_would_turn_off_is_refused(context):
         dpo.run(context, config("dpo", optim={**OPTIM, "lora": {"dropout": 0.1}}))
 
 
-@pytest.mark.parametrize("kind", ["rrhf", "figa"])
-def test_what_is_too_long_is_found_before_training(context, kind):
-    options = {"needs": "rm_preference"} if kind == "figa" else {}
+def test_rows_that_fit_by_hand(context, capsys):
+    rows = [("a", 8, "first"), ("b", 9, "second"), ("c", 3, "third")]
+    assert fitting(context, rows, LengthSection(max_length=9), "pairs") == ["first", "second", "third"]
+    with pytest.raises(InputError, match=r"^b: prompt and response have 9 tokens, more than max_length 8; raise it, "):
+        fitting(context, rows, LengthSection(max_length=8), "pairs")
+    assert capsys.readouterr().out == "" and context.run.entries == []
+    assert fitting(context, rows, LengthSection(max_length=9, too_long="drop"), "pairs") == ["first", "second", "third"]
+    assert capsys.readouterr().out == ""
+    assert fitting(context, iter(rows), LengthSection(max_length=8, too_long="drop"), "train prompts") == [
+        "first",
+        "third",
+    ]
+    assert capsys.readouterr().out == "mine seed 1: 1 of 3 train prompts left out: more than max_length 8 tokens\n"
+    assert context.run.entries == [(0, {"left_out/pairs": 0}), (0, {"left_out/train_prompts": 1})]
     with pytest.raises(
-        InputError, match=r"pair '0'.*: prompt and response have \d+ tokens, more than max_length 8; raise"
+        InputError,
+        match=r"^mine seed 1: pairs: expected some of at most max_length 2 .*, found none among 3 \(the short.* 3\)",
     ):
-        get_method(kind).run(context, config(kind, max_length=8, **options))
+        fitting(context, rows, LengthSection(max_length=2, too_long="drop"), "pairs")
+
+
+def longest(tokenizer, kind):
+    """Tokens that each row has to have room for, worked out from the data: with a pair, those of its longer side."""
+    if kind in ("sft", "supervised"):
+        return lengths(tokenizer, "chosen")
+    if kind in ("ppo", "expert_iteration"):
+        return [len(encode_prompt(tokenizer, record.prompt)) + 24 for record in RECORDS]
+    if kind == "coh":
+        return one_pass("coh", tokenizer)
+    both = lengths(tokenizer, "chosen", "rejected")
+    pairs = [max(both[2 * row : 2 * row + 2]) for row in range(len(RECORDS))]
+    return pairs[: len(EDITS)] if kind in ("figa", "rm_token") else pairs
+
+
+@pytest.fixture
+def learnt_from(monkeypatch):
+    """``learnt_from(kind, context, **limits)``: the rows that reach what would train or sample, as token ids or a
+    row's columns."""
+
+    def stop(*args, **kwargs):
+        raise StopIteration(kwargs.get("train_dataset") or args[1])
+
+    def trainer(trainer, *_):
+        raise StopIteration(list(trainer.train_dataset))
+
+    def run(kind, context, **limits):
+        for module in (sft, rewards, dpo, rrhf, simpo, figa):
+            monkeypatch.setattr(module, "train", trainer)
+        monkeypatch.setattr(expert_iteration, "draw_best", stop)
+        monkeypatch.setattr(ppo, "FineGrainedPPOTrainer", stop)
+        options = {"optim": OPTIM, **limits}
+        try:
+            if kind == "sft":
+                monkeypatch.setitem(context.profile.params, "sft", options)
+                monkeypatch.setattr(stages, "train_seeds", lambda *arguments: arguments[-1](context))
+                stages.run_sft(context.profile)
+            elif kind == "rm_preference":
+                section = rewards.RewardSection(start="sft", **options)
+                rewards.train_sequence_model(context, section, rewards.preference_rows(context.tokenizer, TRIPLES))
+            elif kind == "rm_token":
+                section = rewards.TokenRewardSection(start="sft", **options)
+                rewards.train_token_model(context, section, context.labelled("train"))
+            else:
+                needs = {"needs": "rm_preference"} if kind in ("figa", "ppo", "expert_iteration") else {}
+                own = {"supervised": {"response": "chosen"}, "expert_iteration": {"response_length": 24}}.get(kind, {})
+                if kind == "ppo":
+                    own = {"trainer": {"response_length": 24}}
+                    del options["optim"]
+                method = get_method(kind)
+                method.run(context, parse_section({"kind": kind, **options, **needs, **own}, method.Config, "here"))
+        except StopIteration as found:
+            return found.value
+        raise AssertionError
+
+    return run
+
+
+NAMED = {
+    "sft": "demonstrations",
+    "supervised": "responses",
+    "coh": "rows",
+    "ppo": "train prompts",
+    "expert_iteration": "train prompts",
+    **dict.fromkeys(["rm_preference", "rm_token", "dpo", "simpo", "rrhf", "figa"], "pairs"),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_one_token_too_many_stops_training_or_is_left_out(kind, context, tokenizer, learnt_from, capsys):
+    sizes = longest(tokenizer, kind)
+    most = max(sizes)
+    whole = learnt_from(kind, context, max_length=most)
+    assert len(whole) == len(sizes)
+    with pytest.raises(InputError, match=rf"have {most} tokens, more than max_length {most - 1}; raise it"):
+        learnt_from(kind, context, max_length=most - 1)
+    assert "left out" not in capsys.readouterr().out
+    left = learnt_from(kind, context, max_length=most - 1, too_long="drop")
+    assert left == [row for row, size in zip(whole, sizes, strict=True) if size < most]
+    count = len(whole) - len(left)
+    line = f"mine seed 1: {count} of {len(whole)} {NAMED[kind]} left out: more than max_length {most - 1} tokens\n"
+    assert 0 < count < len(whole) and line in capsys.readouterr().out
+    assert (0, {f"left_out/{NAMED[kind].replace(' ', '_')}": count}) in context.run.entries
+
+
+def test_the_learning_curve_has_the_first_prompts_that_fit(context, tokenizer, learnt_from, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(ppo, "CurveRecorder", lambda *arguments: shown.append(arguments[2:]))
+    size = max(longest(tokenizer, "ppo")) - 1
+    learnt_from("ppo", context, max_length=size, too_long="drop", curve={"prompts": 3})
+    fit = [record for record in RECORDS if len(encode_prompt(tokenizer, record.prompt)) + 24 <= size]
+    ((records, ids),) = shown
+    assert [record.id for record in records] == [record.id for record in fit][:3]
+    assert ids == [encode_prompt(tokenizer, record.prompt) for record in fit][:3]
+    left_out = len(RECORDS) - len(fit)
+    assert f"mine seed 1: {left_out} of 6 validation prompts left out" in capsys.readouterr().out
+
+
+def test_figas_filter_and_count_know_nothing_of_what_is_too_long(context, tokenizer, learnt_from, monkeypatch):
+    scored = []
+    monkeypatch.setattr(
+        figa,
+        "pair_rewards",
+        lambda pairs, *_: scored.append(pairs) or (tensor([0.0] * len(pairs)), tensor([1.0] * len(pairs))),
+    )
+    sizes = longest(tokenizer, "figa")
+    limits = {"max_length": max(sizes) - 1, "filter": {"eta3": 0.5}}
+    fit = [str(row) for row, size in enumerate(sizes) if size < max(sizes)]
+    kept = learnt_from("figa", context, **limits, too_long="drop", pairs=len(fit))
+    assert [row["id"] for row in kept] == [pair.id for pair in scored[0]] == fit
+    # Without it, a pair that the filter leaves out may be as long as it likes.
+    rewards = tensor([float(size < max(sizes)) for size in sizes])
+    monkeypatch.setattr(figa, "pair_rewards", lambda *_: (torch.zeros(len(sizes)), rewards))
+    assert [row["id"] for row in learnt_from("figa", context, **limits)] == fit
 
 
 def test_weights_that_are_not_finite_after_few_steps_are_no_model(context):

@@ -175,6 +175,69 @@ def test_without_network_one_line_says_what_to_download_and_where_to_put_it(tmp_
     )
 
 
+@pytest.fixture
+def network(monkeypatch):
+    """``network(*answers)``: what connecting to the hub gives, one after the other; returns who was asked and for how
+    long each wait was."""
+
+    def set_up(*answers):
+        left, asked, waits = list(answers), [], []
+
+        def connect(address, timeout):
+            asked.append(address)
+            answer = left.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return SimpleNamespace(close=lambda: None)
+
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.test")
+        monkeypatch.setattr("urllib.request.getproxies", lambda: {"no": "localhost"})
+        monkeypatch.setattr("socket.create_connection", connect)
+        monkeypatch.setattr("time.sleep", waits.append)
+        return asked, waits
+
+    return set_up
+
+
+def test_a_hub_that_cannot_be_connected_to_is_said_after_two_seconds(tmp_path, network):
+    asked, waits = network(*[OSError(f"no such host {number}") for number in range(3)])
+    with pytest.raises(
+        InputError, match=r"^a/b at .*: cannot be fetched \(OSError: no such host 2\); on a machine with"
+    ):
+        locate(HubSection(repo="a/b", revision=COMMIT), ["x.json", "y.json"], tmp_path)
+    assert (asked, waits) == ([("hub.test", 443)] * 3, [1, 1])
+    network(*[OSError("refused")] * 3)
+    with pytest.raises(InputError, match=r"cannot be fetched \(OSError: refused\); .* --include '\*\.json'"):
+        hub.list_files(HubSection(repo="a/b", revision=COMMIT), ["*.json"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answers", "count"), [([None], 1), ([OSError("flaky"), None], 2), ([TimeoutError("slow")], 1)]
+)
+def test_a_flaky_or_slow_network_is_left_to_the_library(tmp_path, monkeypatch, network, answers, count):
+    asked, _ = network(*answers)
+    path = write(tmp_path / "cache" / "x.json", [{}])
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(path))
+    assert locate(HubSection(repo="a/b", revision=COMMIT), ["x.json"], tmp_path) == {"x.json": path}
+    assert len(asked) == count
+
+
+@pytest.mark.parametrize("way", ["cache", "proxy", "offline"])
+def test_nothing_is_connected_to_where_the_library_needs_it_not(tmp_path, monkeypatch, network, way):
+    asked, _ = network()
+    path = write(tmp_path / "cache" / "x.json", [{}])
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(path))
+    if way == "cache":
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(path))
+    elif way == "proxy":
+        monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "proxy.test"})
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert locate(HubSection(repo="a/b", revision=COMMIT), ["x.json"], tmp_path) == {"x.json": path}
+    assert asked == []
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -242,6 +305,14 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, message)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RecordError, match=message):
         read_rows(tmp_path / name)
+
+
+def test_a_list_is_searched_once_for_halves_of_characters(tmp_path, monkeypatch):
+    """Not once a row: a list of 10,000 rows would be read for minutes."""
+    searched = []
+    monkeypatch.setattr(hub, "_HALF", SimpleNamespace(search=searched.append))
+    assert len(read_rows(write(tmp_path / "x.json", [{"q": "x"}] * 50))) == 50
+    assert len(searched) == 1
 
 
 @pytest.mark.parametrize(
@@ -551,7 +622,9 @@ def test_spa_choices(tmp_path):
 
 
 def test_spa_needs_a_commit_and_rows(tmp_path):
-    with pytest.raises(ConfigError, match=r"source\.revision: expected the 40 .* of RUCAIBox/SPA, found null"):
+    with pytest.raises(
+        ConfigError, match=r"source\.revision: expected the 40 .* of RUCAIBox/SPA, found null; .* begins with 956ea42\)"
+    ):
         make("spa", tmp_path)
     write(tmp_path / "copy" / "SPA.json", SPA[5:])
     with pytest.raises(InputError, match=r"SPA\.json: expected at least one revised output, found none"):

@@ -232,6 +232,25 @@ def test_a_judge_is_trained_on_the_validation_split_and_judges_every_answer(smal
     assert {row["main_correct"] for row in preferred} <= {"0.0", "0.5", "1.0"}
 
 
+def test_a_judge_counts_the_pairs_that_fit(small, capsys):
+    from fgalign.core.modeling import load_tokenizer
+    from fgalign.core.raw_data import read_split
+    from fgalign.core.tokens import encode_prompt, encode_response
+
+    tokenizer = load_tokenizer(small.model_folder("base"))
+    sizes = [
+        len(encode_prompt(tokenizer, pair.prompt))
+        + max(len(encode_response(tokenizer, text)) for text in (pair.chosen, pair.rejected))
+        for pair in read_split(small.data / "raw" / "validation").preferences
+    ]
+    fit = sum(size < max(sizes) for size in sizes)
+    small.params["judge_models"] = {"preferences": {**SECTION, "max_length": max(sizes) - 1, "too_long": "drop"}}
+    run_judge_model(small, "preferences")
+    trained_on = json.loads((small.data / "judges" / "preferences" / "trained_on.json").read_text())
+    assert trained_on["pairs"] == fit < 6
+    assert f"judge_model@preferences seed 101: {6 - fit} of 6 pairs left out: more than" in capsys.readouterr().out
+
+
 def test_a_judge_that_has_seen_a_test_prompt_is_refused(small):
     from fgalign.evaluation.truth import read_truth
 

@@ -370,7 +370,8 @@ def test_a_failed_fetch_says_what_to_do_and_leaves_nothing(tmp_path):
     file = {"name": SAMPLE.name, "sha256": sha256(SAMPLE), "url": (tmp_path / "gone.json").as_uri()}
     with pytest.raises(
         InputError,
-        match=r"gone\.json: cannot be fetched .*save it as .*sample_feedback\.json, or set FGALIGN_QA_FEEDBACK",
+        match=r"gone\.json: cannot be fetched .*save it as .*sample_feedback\.json, or set FGALIGN_QA_FEEDBACK to a "
+        r"folder that holds sample_feedback\.json$",
     ):
         build(sample_config(folder=None, files=[file]), tmp_path)
     assert not (tmp_path / DOWNLOADS).exists()
@@ -404,7 +405,7 @@ DEVELOPMENT = {f"sample-000{number}" for number in range(7)}
 
 def both_parts(**changes) -> QAFeedbackConfig:
     values = {
-        "train_part": {"sha256": sha256(TRAIN)},
+        "train_part": {"sha256": sha256(TRAIN), "rows": 5},
         "questions": {"train": None, "validation": 4, "test": 3},
         **changes,
     }
@@ -499,7 +500,7 @@ def test_an_unknown_checksum_is_printed_to_be_pinned(tmp_path, capsys, folder):
     (tmp_path / "named").mkdir()
     for path in (SAMPLE, TRAIN):
         (tmp_path / "named" / path.name).write_bytes(path.read_bytes())
-    options = {"folder": folder, "train_part": {"url": (tmp_path / "named" / TRAIN.name).as_uri()}}
+    options = {"folder": folder, "train_part": {"url": (tmp_path / "named" / TRAIN.name).as_uri(), "rows": 5}}
     data = build(both_parts(**options), tmp_path)
     assert data == build(both_parts(), tmp_path)
     where = tmp_path / (folder or DOWNLOADS) / TRAIN.name
@@ -529,6 +530,42 @@ def test_a_named_folder_without_the_training_part_is_an_error(tmp_path):
         InputError, match=r"train_feedback\.json: no such file, although source\.folder .*; put https://"
     ):
         build(both_parts(folder=str(tmp_path)), tmp_path)
+
+
+def test_all_files_that_are_missing_are_named_at_once(tmp_path):
+    file = {"name": SAMPLE.name, "sha256": sha256(SAMPLE), "url": (tmp_path / "a").as_uri()}
+    options = {"files": [file], "train_part": {"url": (tmp_path / "b").as_uri()}}
+    here = tmp_path / "here"
+    with pytest.raises(InputError) as error:
+        build(both_parts(folder="here", **options), tmp_path)
+    assert str(error.value) == (
+        f"{here}/sample_feedback.json and {here}/train_feedback.json: no such file, although source.folder names its "
+        f"folder; put file://{tmp_path}/a and file://{tmp_path}/b there, or unset source.folder to have it fetched"
+    )
+    here = tmp_path / DOWNLOADS
+    with pytest.raises(InputError) as error:
+        build(both_parts(folder=None, **options), tmp_path)
+    wanted = [
+        f"file://{tmp_path}/a and save it as {here}/sample_feedback.json",
+        f"file://{tmp_path}/b and save it as {here}/train_feedback.json",
+    ]
+    ending = f", or set {FOLDER_VARIABLE} to a folder that holds sample_feedback.json and train_feedback.json"
+    assert str(error.value).endswith(f"; on a machine with network access download {' and '.join(wanted)}{ending}")
+    here.mkdir(parents=True)
+    (here / SAMPLE.name).write_bytes(SAMPLE.read_bytes())
+    with pytest.raises(InputError) as error:
+        build(both_parts(folder=None, **options), tmp_path)
+    assert str(error.value).endswith(f"; on a machine with network access download {wanted[1]}{ending}")
+
+
+def test_the_training_part_has_as_many_questions_as_published(tmp_path):
+    checked = sha256(TRAIN)
+    with pytest.raises(
+        InputError,
+        match=r"train_feedback\.json: expected 2,853 questions, found 5; .* source\.train_part\.rows \(null: any",
+    ):
+        build(both_parts(train_part={"sha256": checked}), tmp_path)
+    assert build(both_parts(train_part={"sha256": checked, "rows": None}), tmp_path) == build(both_parts(), tmp_path)
 
 
 def test_the_published_training_part_stands_beside_the_development_part():

@@ -2,56 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.core.modeling import load_causal_lm
 from fgalign.core.schema import Demonstration
 from fgalign.core.tokens import encode_prompt, encode_response
-from fgalign.errors import InputError
 from fgalign.tracking import Run
-from fgalign.training import OptimConfig, peft_config, save_trained, train, trainer_arguments
+from fgalign.training import (
+    LengthSection,
+    OptimConfig,
+    check_lengths,
+    peft_config,
+    save_trained,
+    train,
+    trainer_arguments,
+)
 
 
-class SFTSection(Section):
+class SFTSection(LengthSection):
     """The SFT stage: the reference policy of all that follows, trained on the demonstrations' completions."""
 
     optim: OptimConfig
     max_length: int = 128
 
 
-def sft_row(parts: Sequence[tuple[Sequence[int], bool]], max_length: int, where: str) -> dict[str, list[int]]:
-    """Token ids, each part with whether the loss counts there, to TRL's ``input_ids`` and ``completion_mask``.
-
-    Raises:
-        InputError: the row, which ``where`` names, is longer than ``max_length``.
-    """
-    ids = [token for part, _ in parts for token in part]
-    if len(ids) > max_length:
-        raise InputError(
-            f"{where}: prompt and completion have {len(ids)} tokens, more than max_length {max_length}; raise it or "
-            "shorten the data"
-        )
-    return {"input_ids": ids, "completion_mask": [int(counts) for part, counts in parts for _ in part]}
+def sft_row(parts: Sequence[tuple[Sequence[int], bool]]) -> dict[str, list[int]]:
+    """Token ids, each part with whether the loss counts there, to TRL's ``input_ids`` and ``completion_mask``."""
+    return {
+        "input_ids": [token for part, _ in parts for token in part],
+        "completion_mask": [int(counts) for part, counts in parts for _ in part],
+    }
 
 
 def tokenize(
-    tokenizer: Any, records: Sequence[Demonstration], max_length: int, *, completion_only: bool = True
-) -> list[dict[str, list[int]]]:
-    """Rows of ``input_ids`` and ``completion_mask`` (1 where the loss counts) for TRL.
-
-    Raises:
-        InputError: a row is longer than ``max_length``.
-    """
-    rows = []
+    tokenizer: Any, records: Sequence[Demonstration], *, completion_only: bool = True
+) -> Iterator[tuple[str, int, dict[str, list[int]]]]:
+    """Demonstrations as rows of ``training.fitting``: rows of ``input_ids`` and ``completion_mask`` (1 where the loss
+    counts) for TRL."""
     for record in records:
         prompt, response = encode_prompt(tokenizer, record.prompt), encode_response(tokenizer, record.completion)
-        parts = [(prompt, not completion_only), (response, True)]
-        rows.append(sft_row(parts, max_length, f"demonstration {record.id!r}"))
-    return rows
+        row = sft_row([(prompt, not completion_only), (response, True)])
+        yield f"demonstration {record.id!r}", len(row["input_ids"]), row
 
 
 def train_sft(
@@ -64,8 +58,14 @@ def train_sft(
     completion_only: bool = True,
     **options: Any,
 ) -> dict[str, int]:
-    """Fine-tune on demonstrations; ``options``, and what is returned, are those of ``train_rows``."""
-    rows = tokenize(tokenizer, records, max_length, completion_only=completion_only)
+    """Fine-tune on demonstrations; ``options``, and what is returned, are those of ``train_rows``.
+
+    Raises:
+        InputError: one is longer than ``max_length``.
+    """
+    named = list(tokenize(tokenizer, records, completion_only=completion_only))
+    check_lengths(((what, tokens) for what, tokens, _ in named), max_length)
+    rows = [row for *_, row in named]
     return train_rows(model, tokenizer, rows, optim, max_length=max_length, **options)
 
 

@@ -6,12 +6,13 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fgalign.config import Section
+from fgalign.context import Context
 from fgalign.core.compiled import compile_layers
 from fgalign.core.modeling import (
     attend_in_float32,
@@ -22,10 +23,13 @@ from fgalign.core.modeling import (
     reduce_in_float32,
     save_model,
 )
-from fgalign.core.schema import BAD, GOOD, NEUTRAL, LabelledPair
+from fgalign.core.schema import BAD, GOOD, NEUTRAL, LabelledPair, Prompt
+from fgalign.core.tokens import encode_prompt
 from fgalign.errors import ConfigError, InputError, TrainingError
 from fgalign.parallel import is_main_process, process_count, progress
 from fgalign.tracking import Run
+
+R = TypeVar("R")
 
 # Named for the transformers that is installed: newer ones warn of the old name. Always passed, as TRL's default is on.
 _CHECKPOINTING = (
@@ -71,6 +75,16 @@ class OptimConfig(Section):
     """Order of the examples; ``group_by_length`` puts those of similar length (``row_length``) into one batch, which
     then pads little."""
     lora: LoraSection | None = None
+
+
+class LengthSection(Section):
+    """Base of the sections of trainings that take no row of more than ``max_length`` tokens."""
+
+    max_length: int = 512
+    """Longest prompt and response together, in tokens."""
+    too_long: Literal["error", "drop"] = "error"
+    """What a longer row of the training data does: it stops the stage before it trains, or is left out and counted.
+    Test prompts are never left out."""
 
 
 def trainer_arguments(optim: OptimConfig, *, output_dir: Path, seed: int, device: str, bf16: bool) -> dict[str, Any]:
@@ -201,16 +215,58 @@ def check_lengths(rows: Iterable[tuple[str, int]], max_length: int) -> None:
     for what, tokens in rows:
         if tokens > max_length:
             raise InputError(
-                f"{what}: prompt and response have {tokens} tokens, more than max_length {max_length}; raise it or "
-                "shorten the data"
+                f"{what}: prompt and response have {tokens} tokens, more than max_length {max_length}; raise it, "
+                "shorten the data, or (where the section takes it) leave such rows out by too_long: drop"
             )
 
 
-def pair_lengths(pairs: Sequence[LabelledPair]) -> Iterator[tuple[str, int]]:
-    """Rows of ``check_lengths``: both sides of labelled pairs, each with its prompt."""
+def fitting(context: Context, rows: Iterable[tuple[str, int, R]], limits: LengthSection, kind: str) -> list[R]:
+    """The rows (what each is, its tokens, the row) of at most ``limits.max_length`` tokens, in their order.
+
+    With ``too_long: drop`` one line, and the tracked run, say how many of the ``kind`` ("pairs") are left out.
+
+    Raises:
+        InputError: a row is longer and ``too_long`` is ``error``, or all are.
+    """
+    rows = list(rows)
+    if limits.too_long == "error":
+        check_lengths(((what, tokens) for what, tokens, _ in rows), limits.max_length)
+    kept = [row for _, tokens, row in rows if tokens <= limits.max_length]
+    left_out = len(rows) - len(kept)
+    title = f"{context.stage} seed {context.seed}"
+    if left_out and not kept:
+        raise InputError(
+            f"{title}: {kind}: expected some of at most max_length {limits.max_length} tokens, found none among "
+            f"{len(rows):,} (the shortest has {min(tokens for _, tokens, _ in rows)}); raise it or shorten the data"
+        )
+    if limits.too_long == "drop":
+        context.run.log({f"left_out/{kind.replace(' ', '_')}": left_out})
+    if left_out and is_main_process():
+        print(
+            f"{title}: {left_out:,} of {len(rows):,} {kind} left out: more than max_length {limits.max_length} tokens",
+            flush=True,
+        )
+    return kept
+
+
+def measured_pairs(pairs: Sequence[LabelledPair]) -> Iterator[tuple[str, int, LabelledPair]]:
+    """Labelled pairs as rows of ``fitting``, each as long as its prompt with the longer side."""
     for pair in pairs:
-        for side, ids in (("initial", pair.initial_ids), ("revised", pair.revised_ids)):
-            yield f"pair {pair.id!r}, {side} side", len(pair.prompt_ids) + len(ids)
+        side, ids = max(("initial", pair.initial_ids), ("revised", pair.revised_ids), key=lambda item: len(item[1]))
+        yield f"pair {pair.id!r}, {side} side", len(pair.prompt_ids) + len(ids), pair
+
+
+def fitting_prompts(
+    context: Context, records: Sequence[Prompt], limits: LengthSection, response_length: int, split: str
+) -> list[tuple[Prompt, list[int]]]:
+    """Prompts of a split with their token ids, as far as ``limits`` leaves room for responses of ``response_length``
+    tokens after them; see ``fitting``."""
+    rows = []
+    for record in records:
+        ids = encode_prompt(context.tokenizer, record.prompt)
+        what = f"prompt {record.id!r} of the {split} split, response_length {response_length}"
+        rows.append((what, len(ids) + response_length, (record, ids)))
+    return fitting(context, rows, limits, f"{split} prompts")
 
 
 def train(trainer: Trainer, run: Run, title: str, optim: OptimConfig) -> dict[str, int]:

@@ -64,12 +64,3 @@ def token_offsets(tokenizer: PreTrainedTokenizerBase, response: str) -> list[tup
     options = {"add_special_tokens": False, "split_special_tokens": True}
     offsets = tokenizer(response, **options, return_offsets_mapping=True)["offset_mapping"]
     return [*(tuple(pair) for pair in offsets), (len(response), len(response))]
-
-
-def check_budget(prompt_ids: Sequence[int], response_tokens: int, max_length: int, where: str) -> None:
-    """Raise InputError unless a prompt leaves room for ``response_tokens`` tokens within ``max_length``."""
-    if len(prompt_ids) + response_tokens > max_length:
-        raise InputError(
-            f"{where}: the prompt has {len(prompt_ids)} tokens and leaves no room for {response_tokens} response "
-            f"tokens within max_length {max_length}; shorten the prompt (the source's budget) or raise max_length"
-        )

@@ -6,15 +6,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.core.tokens import encode_response
 from fgalign.decoding import Decoding, encode_prefixed, write_decoding
 from fgalign.sft import align_rows, sft_row
-from fgalign.training import OptimConfig
+from fgalign.training import LengthSection, OptimConfig, fitting
 
 
-class Config(Section):
+class Config(LengthSection):
     """Chain of hindsight as a method of the pipeline.
 
     A pair gives two rows, with <prompt> one user turn up to where the model's turn begins, and <end> the
@@ -23,7 +22,7 @@ class Config(Section):
         <prompt>{good}{chosen}<end>{bad}{rejected}<end>
         <prompt>{bad}{rejected}<end>{good}{chosen}<end>
 
-    Decoding continues <prompt>{good}.
+    Decoding continues <prompt>{good}. ``max_length`` is that of a row, with both responses.
     """
 
     kind: Literal["coh"]
@@ -32,8 +31,6 @@ class Config(Section):
     good: str = "A good answer: "
     bad: str = "A bad answer: "
     optim: OptimConfig
-    max_length: int = 512
-    """Longest row, in tokens."""
 
 
 def run(context: Context, config: Config) -> None:
@@ -50,6 +47,8 @@ def run(context: Context, config: Config) -> None:
                 (tokenizer(next_phrase, add_special_tokens=False)["input_ids"], False),
                 (second, True),
             ]
-            rows.append(sft_row(parts, config.max_length, f"pair {pair.id!r}, both responses"))
+            row = sft_row(parts)
+            rows.append((f"pair {pair.id!r}, both responses", len(row["input_ids"]), row))
+    rows = fitting(context, rows, config, "rows")
     align_rows(context, rows, config.optim, config.max_length, start=context.model(config.needs))
     write_decoding(context.out, Decoding(prefix=config.good))

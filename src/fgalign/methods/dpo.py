@@ -3,21 +3,21 @@ SFT model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.core.modeling import load_causal_lm
 from fgalign.core.schema import Preference
 from fgalign.core.tokens import encode_prompt, encode_response
-from fgalign.errors import ConfigError, InputError
-from fgalign.training import OptimConfig, peft_config, save_trained, train, trainer_arguments
+from fgalign.errors import ConfigError
+from fgalign.training import LengthSection, OptimConfig, fitting, peft_config, save_trained, train, trainer_arguments
 
 
-class Config(Section):
+class Config(LengthSection):
     """DPO as a method of the pipeline."""
 
     kind: Literal["dpo"]
@@ -26,8 +26,6 @@ class Config(Section):
     optim: OptimConfig
     beta: float = 0.1
     """Strength of the KL penalty to the SFT model."""
-    max_length: int = 512
-    """Longest prompt and response together, in tokens."""
 
 
 class TokenizedDPOTrainer(DPOTrainer):
@@ -38,13 +36,8 @@ class TokenizedDPOTrainer(DPOTrainer):
         return dataset
 
 
-def preference_rows(tokenizer: Any, pairs: list[Preference], max_length: int) -> list[dict[str, list[int]]]:
-    """Preferences to the rows of ``TokenizedDPOTrainer``.
-
-    Raises:
-        InputError: a prompt with one of its responses is longer than ``max_length``.
-    """
-    rows = []
+def preference_rows(tokenizer: Any, pairs: list[Preference]) -> Iterator[tuple[str, int, dict[str, list[int]]]]:
+    """Preferences to the rows of ``TokenizedDPOTrainer``, each with its name and tokens for ``training.fitting``."""
     for pair in pairs:
         row = {
             "prompt_ids": encode_prompt(tokenizer, pair.prompt),
@@ -52,13 +45,7 @@ def preference_rows(tokenizer: Any, pairs: list[Preference], max_length: int) ->
             "rejected_ids": encode_response(tokenizer, pair.rejected),
         }
         longest = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        if longest > max_length:
-            raise InputError(
-                f"pair {pair.id!r}: prompt and response have {longest} tokens, more than max_length {max_length}; "
-                "raise it or shorten the data"
-            )
-        rows.append(row)
-    return rows
+        yield f"pair {pair.id!r}", longest, row
 
 
 def run(context: Context, config: Config) -> None:
@@ -73,6 +60,8 @@ def run(context: Context, config: Config) -> None:
             f"methods.{context.stage}.optim.lora.dropout: expected 0, because DPO compares with a reference and TRL "
             f"trains it without dropout, found {optim.lora.dropout}"
         )
+    pairs = preference_rows(context.tokenizer, context.split("train").preferences)
+    rows = fitting(context, pairs, config, "pairs")
     arguments = trainer_arguments(
         optim, output_dir=context.out, seed=context.seed, device=context.device.type, bf16=context.bf16
     )
@@ -81,9 +70,7 @@ def run(context: Context, config: Config) -> None:
         # With LoRA the reference is the model with its adapter switched off.
         None if optim.lora else load_causal_lm(context.model(config.needs), context.device),
         args=DPOConfig(**arguments, beta=config.beta, max_length=config.max_length),
-        train_dataset=Dataset.from_list(
-            preference_rows(context.tokenizer, context.split("train").preferences, config.max_length)
-        ),
+        train_dataset=Dataset.from_list(rows),
         processing_class=context.tokenizer,
         peft_config=peft_config(optim, "CAUSAL_LM"),
     )

@@ -8,19 +8,17 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.core.modeling import load_causal_lm
-from fgalign.core.tokens import check_budget, encode_prompt
 from fgalign.decoding import draw_best
 from fgalign.errors import ConfigError, TrainingError
 from fgalign.parallel import process_count, progress
 from fgalign.rewards import load_reward
 from fgalign.sft import align_rows, sft_row
-from fgalign.training import OptimConfig
+from fgalign.training import LengthSection, OptimConfig, fitting_prompts
 
 
-class Config(Section):
+class Config(LengthSection):
     """Expert iteration as a method of the pipeline."""
 
     kind: Literal["expert_iteration"]
@@ -33,13 +31,12 @@ class Config(Section):
     samples: int = Field(default=8, ge=1)
     """Responses drawn for each prompt, in each round."""
     response_length: int
-    """Budget of a response, in tokens; responses cut off by it are never trained on."""
+    """Budget of a response, in tokens, which has to fit within ``max_length`` after the prompt; responses cut off by it
+    are never trained on."""
     prompts: int | None = Field(default=None, ge=1)
     """The first so many training prompts (None: all)."""
     temperature: float = Field(default=1.0, gt=0)
     sample_batch_size: int = 100
-    max_length: int = 512
-    """Longest prompt and response together, in tokens."""
 
 
 def run(context: Context, config: Config) -> None:
@@ -53,9 +50,7 @@ def run(context: Context, config: Config) -> None:
         raise ConfigError(f"methods.{context.stage}: expert iteration runs in one process, found {process_count()}")
     tokenizer = context.tokenizer
     records = context.split("train").prompts[: config.prompts]
-    prompts = [encode_prompt(tokenizer, record.prompt) for record in records]
-    for record, ids in zip(records, prompts, strict=True):
-        check_budget(ids, config.response_length, config.max_length, f"prompt {record.id!r} of the train split")
+    prompts = [ids for _, ids in fitting_prompts(context, records, config, config.response_length, "train")]
     reward = load_reward(config.needs, context.model(config.needs), context.device)
     generator = torch.Generator().manual_seed(context.seed)
     start = context.model("sft")
@@ -83,8 +78,8 @@ def run(context: Context, config: Config) -> None:
         responses = [ids for rollout in draws.batches for ids in rollout.response_lists()]
         truncated = torch.cat([rollout.truncated for rollout in draws.batches])
         rows = [
-            sft_row([(prompt, False), (response, True)], config.max_length, f"prompt {record.id!r}")
-            for record, prompt, response, cut in zip(records, prompts, responses, truncated.tolist(), strict=True)
+            sft_row([(prompt, False), (response, True)])
+            for prompt, response, cut in zip(prompts, responses, truncated.tolist(), strict=True)
             if not cut
         ]
         if not rows:

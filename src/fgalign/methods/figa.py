@@ -43,11 +43,12 @@ from fgalign.losses.figa import (
 )
 from fgalign.parallel import process_count
 from fgalign.training import (
+    LengthSection,
     OptimConfig,
     add_lora,
-    check_lengths,
     check_pair,
-    pair_lengths,
+    fitting,
+    measured_pairs,
     peft_config,
     save_trained,
     train,
@@ -294,7 +295,7 @@ class FilterConfig(Section):
     eta3: float | None = None
 
 
-class Config(Section):
+class Config(LengthSection):
     """FIGA as a method of the pipeline."""
 
     kind: Literal["figa"]
@@ -320,7 +321,6 @@ class Config(Section):
     gamma: float = 0.0
     threshold: float | None = 0.6
     threshold_reading: Literal["nll", "probability"] = "nll"
-    max_length: int = 512
     filter: FilterConfig | None = None
     score_batch_size: int = 64
 
@@ -509,13 +509,16 @@ def run(context: Context, config: Config) -> None:
 
     every = context.labelled("train")
     pairs = reference_pairs(every, context, config) if config.response == "reference" else every
+    if config.too_long == "drop":  # before the filter, so that ``config.pairs`` counts pairs that fit
+        pairs = fitting(context, measured_pairs(pairs), config, "pairs")
     rewards = None
     if config.filter is not None or config.signal == "reward_difference":
         rewards = pair_rewards(pairs, context, config)
     kept = chosen_pairs(len(pairs), rewards, config, context.stage)
     rewards = rewards and tuple(side[kept] for side in rewards)
     kept_pairs = [pairs[index] for index in kept]
-    check_lengths(pair_lengths(kept_pairs), config.max_length)
+    if config.too_long == "error":
+        fitting(context, measured_pairs(kept_pairs), config, "pairs")
     rows = training_rows(kept_pairs, rewards, context, config)
     context.run.log({"pairs": len(every), "pairs_kept": len(rows)})
     arguments = trainer_arguments(

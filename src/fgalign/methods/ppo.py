@@ -21,11 +21,11 @@ from fgalign.core.modeling import load_causal_lm
 from fgalign.core.rollout import Rollout, uniforms
 from fgalign.core.schema import CurveSample, write_records
 from fgalign.core.tensor_ops import masked_sum
-from fgalign.core.tokens import check_budget, decode_response, encode_prompt
+from fgalign.core.tokens import decode_response
 from fgalign.parallel import process_count, progress
 from fgalign.ppo_trainer import FineGrainedPPOConfig, FineGrainedPPOTrainer
 from fgalign.rewards import load_reward, response_scores
-from fgalign.training import LoraSection, OptimConfig, peft_config
+from fgalign.training import LengthSection, LoraSection, OptimConfig, fitting_prompts, peft_config
 
 SET_BY_RUN = ("output_dir", "seed", "bf16", "use_cpu", "vllm_max_length")
 """Fields of ``FineGrainedPPOConfig`` that the profile sets elsewhere."""
@@ -33,7 +33,7 @@ SET_BY_RUN = ("output_dir", "seed", "bf16", "use_cpu", "vllm_max_length")
 
 class CurveConfig(Section):
     """Answers for the learning curve: after every ``every`` updates, to the first ``prompts`` validation prompts (0:
-    none)."""
+    none) of those that ``max_length`` leaves room for."""
 
     every: Annotated[int, Field(ge=1)] = 5
     prompts: Annotated[int, Field(ge=0)] = 64
@@ -41,8 +41,9 @@ class CurveConfig(Section):
     """Record the advantages of the tokens too (not with ``advantage: group``, whose responses come in groups)."""
 
 
-class Config(Section):
-    """PPO as a method of the pipeline; ``trainer`` holds fields of ``FineGrainedPPOConfig``."""
+class Config(LengthSection):
+    """PPO as a method of the pipeline; ``trainer`` holds fields of ``FineGrainedPPOConfig``. Within ``max_length`` a
+    prompt leaves room for ``response_length`` tokens; ``too_long`` is about the curve's prompts too."""
 
     kind: Literal["ppo"]
     needs: str
@@ -55,8 +56,6 @@ class Config(Section):
     trainer: dict[str, Any]
     lora: LoraSection | None = None
     curve: CurveConfig = CurveConfig()
-    max_length: int = 512
-    """Longest prompt and response together, in tokens."""
 
     def setting(self, name: str) -> Any:
         """A field of the trainer's arguments: the profile's, or its default."""
@@ -133,15 +132,12 @@ def run(context: Context, config: Config) -> None:
     """Align the SFT model by PPO on the prompts of the training split."""
     trainer_config = {**config.trainer}
     length = config.setting("response_length")
-    encoded = {}
-    for split in ("train", "validation"):
-        prompts = context.split(split).prompts
-        ids = [encode_prompt(context.tokenizer, record.prompt) for record in prompts]
-        for record, prompt_ids in zip(prompts, ids, strict=True):
-            check_budget(prompt_ids, length, config.max_length, f"prompt {record.id!r} of the {split} split")
-        encoded[split] = (prompts, ids)
-    records, validation = (part[: config.curve.prompts] for part in encoded["validation"])
-    recorder = CurveRecorder(context, config, records, validation)
+    encoded = {
+        split: fitting_prompts(context, context.split(split).prompts, config, length, split)
+        for split in ("train", "validation")
+    }
+    curve = encoded["validation"][: config.curve.prompts]
+    recorder = CurveRecorder(context, config, [record for record, _ in curve], [ids for _, ids in curve])
     title = f"{context.stage} seed {context.seed}"
     with progress(config.setting("updates"), title, "update") as bar:
 
@@ -166,7 +162,7 @@ def run(context: Context, config: Config) -> None:
                 vllm_max_length=config.max_length,
                 **trainer_config,
             ),
-            train_dataset=encoded["train"][1],
+            train_dataset=[ids for _, ids in encoded["train"]],
             processing_class=context.tokenizer,
             value_model=_value_model(context, device) if trainer_config.get("value_model") == "separate" else None,
             peft_config=lora,

@@ -13,7 +13,6 @@ from pydantic import model_validator
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.core.modeling import load_causal_lm
 from fgalign.core.rollout import Rollout, as_rollout, response_logps
@@ -22,10 +21,19 @@ from fgalign.errors import TrainingError
 from fgalign.losses.rrhf import RrhfLoss, rrhf_loss
 from fgalign.rewards import load_reward
 from fgalign.rewards.scoring import score_responses
-from fgalign.training import OptimConfig, add_lora, check_lengths, peft_config, save_trained, train, trainer_arguments
+from fgalign.training import (
+    LengthSection,
+    OptimConfig,
+    add_lora,
+    fitting,
+    peft_config,
+    save_trained,
+    train,
+    trainer_arguments,
+)
 
 
-class Config(Section):
+class Config(LengthSection):
     """RRHF as a method of the pipeline."""
 
     kind: Literal["rrhf"]
@@ -35,8 +43,6 @@ class Config(Section):
     rank_weight: float = 1.0
     """Weight of the ranking loss beside the imitation of the best response (1 in the paper)."""
     optim: OptimConfig
-    max_length: int = 512
-    """Longest prompt and response together, in tokens."""
     score_batch_size: int = 64
 
     @model_validator(mode="after")
@@ -122,14 +128,8 @@ def candidate_rows(context: Context, config: Config) -> list[dict[str, Any]]:
         }
         for pair in context.split("train").preferences
     ]
-    check_lengths(
-        (
-            (f"pair {row['id']!r}", len(row["prompt_ids"]) + len(response))
-            for row in rows
-            for response in row["responses"]
-        ),
-        config.max_length,
-    )
+    measured = ((f"pair {r['id']!r}", len(r["prompt_ids"]) + max(map(len, r["responses"])), r) for r in rows)
+    rows = fitting(context, measured, config, "pairs")
     if config.ranking == "preference":
         return rows
     reward = load_reward(config.needs, context.model(config.needs), context.device)

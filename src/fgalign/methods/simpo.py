@@ -9,16 +9,24 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.core.modeling import load_causal_lm
 from fgalign.core.rollout import Rollout, as_rollout, response_logps
 from fgalign.core.tensor_ops import masked_mean
 from fgalign.core.tokens import encode_prompt, encode_response
-from fgalign.training import OptimConfig, add_lora, peft_config, save_trained, train, trainer_arguments
+from fgalign.training import (
+    LengthSection,
+    OptimConfig,
+    add_lora,
+    fitting,
+    peft_config,
+    save_trained,
+    train,
+    trainer_arguments,
+)
 
 
-class Config(Section):
+class Config(LengthSection):
     """SimPO as a method of the pipeline: ``beta`` scales the difference of mean log-probabilities, ``margin`` is its
     target (gamma in the paper)."""
 
@@ -56,7 +64,11 @@ def run(context: Context, config: Config) -> None:
     arguments = trainer_arguments(
         optim, output_dir=context.out, seed=context.seed, device=device.type, bf16=context.bf16
     )
-    rows = Dataset.from_list([pair.model_dump() for pair in context.split("train").preferences])
+    measured = []
+    for pair in context.split("train").preferences:
+        longer = max(len(encode_response(tokenizer, text)) for text in (pair.chosen, pair.rejected))
+        measured.append((f"pair {pair.id!r}", len(encode_prompt(tokenizer, pair.prompt)) + longer, pair.model_dump()))
+    rows = Dataset.from_list(fitting(context, measured, config, "pairs"))
     model = add_lora(load_causal_lm(context.model("sft"), device), peft_config(optim, "CAUSAL_LM"))
     trainer = SimPOTrainer(model, TrainingArguments(**arguments), collate, rows)
     trainer.model_accepts_loss_kwargs = False  # each micro-batch gives a mean, so the parent divides by their number

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.core.tokens import encode_prompt, encode_response
 from fgalign.sft import align_rows, sft_row
-from fgalign.training import OptimConfig
+from fgalign.training import LengthSection, OptimConfig, fitting
 
 
-class Config(Section):
+class Config(LengthSection):
     """Supervised fine-tuning as a method of the pipeline."""
 
     kind: Literal["supervised"]
@@ -20,8 +19,6 @@ class Config(Section):
     response: Literal["chosen", "revised"]
     """What to imitate: ``chosen`` of the preferences, or ``revised`` of the edits."""
     optim: OptimConfig
-    max_length: int = 512
-    """Longest prompt and response together, in tokens."""
 
 
 def run(context: Context, config: Config) -> None:
@@ -33,8 +30,9 @@ def run(context: Context, config: Config) -> None:
         ]
     else:
         examples = [(pair.id, pair.prompt_ids, pair.revised_ids) for pair in context.labelled("train")]
-    rows = [
-        sft_row([(prompt, False), (response, True)], config.max_length, f"pair {key!r}")
+    measured = (
+        (f"pair {key!r}", len(prompt) + len(response), sft_row([(prompt, False), (response, True)]))
         for key, prompt, response in examples
-    ]
+    )
+    rows = fitting(context, measured, config, "responses")
     align_rows(context, rows, config.optim, config.max_length, start=context.model(config.needs))

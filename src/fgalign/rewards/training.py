@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from fgalign.config import Section
 from fgalign.context import Context
 from fgalign.core.modeling import check_float32, load_sequence_reward_model, load_token_reward_model
 from fgalign.core.schema import LabelledPair
@@ -19,11 +18,12 @@ from fgalign.core.tokens import encode_prompt, encode_response
 from fgalign.errors import ConfigError, InputError
 from fgalign.losses.token_reward import IGNORE, OUTPUTS, TokenLoss, inverse_frequency_weights, token_loss
 from fgalign.training import (
+    LengthSection,
     OptimConfig,
     add_lora,
-    check_lengths,
     check_pair,
-    pair_lengths,
+    fitting,
+    measured_pairs,
     peft_config,
     save_trained,
     train,
@@ -31,7 +31,7 @@ from fgalign.training import (
 )
 
 
-class RewardSection(Section):
+class RewardSection(LengthSection):
     """A reward model's stage; all start from ``start`` (``base`` or ``sft``), with a new head."""
 
     start: Literal["base", "sft"] = "sft"
@@ -58,16 +58,17 @@ def preference_rows(tokenizer: Any, triples: Sequence[tuple[str, str, str]]) -> 
     ]
 
 
-def train_sequence_model(context: Context, config: RewardSection, rows: list[dict[str, list[int]]]) -> None:
-    """Train a sequence-level reward model (Bradley-Terry loss) on pairs and save it.
+def train_sequence_model(context: Context, config: RewardSection, rows: list[dict[str, list[int]]]) -> int:
+    """Train a sequence-level reward model (Bradley-Terry loss) on pairs and save it; returns the number of pairs.
 
     Raises:
-        InputError: a response with its prompt is longer than ``max_length``.
+        InputError: see ``training.fitting``.
     """
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    check_lengths((("reward model", len(ids)) for row in rows for ids in row.values()), config.max_length)
+    measured = ((f"pair {number}", max(map(len, row.values())), row) for number, row in enumerate(rows))
+    rows = fitting(context, measured, config, "pairs")
     model = load_sequence_reward_model(context.model(config.start), context.device, num_labels=1)
     trainer = RewardTrainer(
         model,
@@ -79,6 +80,7 @@ def train_sequence_model(context: Context, config: RewardSection, rows: list[dic
     )
     context.spend(**train(trainer, context.run, f"{context.stage} seed {context.seed}", config.optim))
     save_trained(trainer, context.tokenizer, context.out)
+    return len(rows)
 
 
 class TokenRewardCollator:
@@ -161,7 +163,7 @@ def train_token_model(context: Context, config: TokenRewardSection, pairs: list[
     """Train a token-level reward model on labelled pairs and save it."""
     from datasets import Dataset
 
-    check_lengths(pair_lengths(pairs), config.max_length)
+    pairs = fitting(context, measured_pairs(pairs), config, "pairs")
     lora = peft_config(config.optim, "TOKEN_CLS")
     if lora is not None:
         # The new head is trained in full; peft leaves it out of "all-linear" by itself for sequence models only.

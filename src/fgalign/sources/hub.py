@@ -16,7 +16,10 @@ import json
 import os
 import re
 import shlex
+import socket
+import time
 import unicodedata
+import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +27,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -61,6 +65,8 @@ class HubSection(Section):
     local: str | None = None
     sha256: dict[str, Sha256] = Field(default_factory=dict)
     rows: dict[str, Count] = Field(default_factory=dict)
+    known_commit: ClassVar[str] = ""
+    """What is known of the commit to take where there is no default, for the message that asks for one."""
 
 
 class Row(NamedTuple):
@@ -95,10 +101,11 @@ def local_copy(config: HubSection, root: Path) -> tuple[Path, str] | None:
             "neither; give one of them"
         )
     if config.revision is None:
+        known = f"; {config.known_commit}" if config.known_commit else ""
         raise ConfigError(
             f"source.revision: expected the 40 hexadecimal digits of a commit of {config.repo}, found null; give the "
-            "commit to read (the data set's page lists them under Files and versions), or name a folder with a copy "
-            f"of the data set by source.local or {variable(config.repo)}"
+            f"commit to read (the data set's page lists them under Files and versions{known}), or name a folder with a "
+            f"copy of the data set by source.local or {variable(config.repo)}"
         )
     folder = downloads_folder(config, root)
     return (folder, "the folder of this commit is there") if folder.is_dir() else None
@@ -160,16 +167,40 @@ def list_files(config: HubSection, patterns: Sequence[str], root: Path) -> list[
         from huggingface_hub import HfApi
 
         with _from_hub(config, patterns, root):
+            _connect()
             names = HfApi().list_repo_files(str(config.repo), revision=config.revision, repo_type="dataset")
     return sorted(name for name in names if name.endswith(SUFFIXES) and not name.startswith("."))
 
 
 def _fetch(config: HubSection, name: str, names: Sequence[str], root: Path) -> Path:
     """A file at the pinned commit, from the library's cache or from the hub."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    place = {"repo_type": "dataset", "revision": config.revision}
     with _from_hub(config, names, root):
-        return Path(hf_hub_download(str(config.repo), name, repo_type="dataset", revision=config.revision))
+        if not isinstance(try_to_load_from_cache(str(config.repo), name, **place), str):
+            _connect()
+        return Path(hf_hub_download(str(config.repo), name, **place))
+
+
+def _connect() -> None:
+    """Raise OSError where nothing can be connected to at the hub's address, three times in two seconds; the library
+    would try for some 23 seconds. What it connects through (a proxy), or slowly, is left to it."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or {"http", "https", "all"} & set(urllib.request.getproxies()):
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    for wait in (1, 1, 0):
+        try:
+            socket.create_connection((hub.hostname, hub.port or {"http": 80}.get(hub.scheme, 443)), timeout=10).close()
+            return
+        except TimeoutError:
+            return
+        except OSError:
+            if not wait:
+                raise
+            time.sleep(wait)
 
 
 @contextmanager
@@ -313,12 +344,12 @@ def _read_json(path: Path) -> list[Row]:
             raise RecordError(f"{path}:{error.lineno}: not JSON: {error.msg}; fetch the published file again") from None
         except (ValueError, RecursionError) as error:
             raise RecordError(f"{path}: cannot be read: {error}; fetch the published file again") from None
-        return [
-            Row(where, number, _in_utf8(where, value) if _HALF.search(text) else value)
-            for number, value in enumerate(values)
-            for where in [f"{path}: row {number}"]
-        ]
-    rows: list[Row] = []
+        rows = [Row(f"{path}: row {number}", number, value) for number, value in enumerate(values)]
+        if _HALF.search(text):
+            for row in rows:
+                _in_utf8(row.where, row.values)
+        return rows
+    rows = []
     for line, part in enumerate(text.split("\n"), start=1):
         if part.strip():
             try:
@@ -337,8 +368,8 @@ def _read_json(path: Path) -> list[Row]:
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def _in_utf8(where: str, value: Any) -> Any:
-    """The value, or RecordError where a text in it cannot be written as UTF-8."""
+def _in_utf8(where: str, value: Any) -> None:
+    """Raise RecordError where a text in the value cannot be written as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -346,7 +377,6 @@ def _in_utf8(where: str, value: Any) -> Any:
             f"{where}: expected texts of whole characters, found half a one ({error.object[error.start]!a}); leave the "
             "row out or mend it"
         ) from None
-    return value
 
 
 def _short(value: object) -> str:

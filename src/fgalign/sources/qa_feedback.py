@@ -89,12 +89,14 @@ class QAFile(Section):
 
 
 class TrainPart(QAFile):
-    """The published training part (2,853 questions). Its SHA-256 is not known to this project, which never had the
-    file: null takes what is there, or what is fetched, and prints its SHA-256, to be given here from then on."""
+    """The published training part. Its SHA-256 is not known to this project, which never had the file: null takes what
+    is there, or what is fetched, and prints its SHA-256, to be given here from then on. ``rows`` is the number of
+    questions that it must have (null: any), as published 2,853."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+\.json$")] = _TRAIN_NAME
     sha256: Sha256 | None = None
     url: str = f"{_PUBLISHED}{_TRAIN_NAME}"
+    rows: Annotated[int, Field(ge=1)] | None = 2853
 
 
 class Questions(Section):
@@ -267,51 +269,56 @@ def read_qa_file(path: Path, prefix: str) -> list[_Question]:
 # --- where the files are ----------------------------------------------------------------------------------------------
 
 
-def locate(file: QAFile, config: QAFeedbackConfig, root: Path) -> Path:
-    """Path of a published file whose checksum is right, fetched first if no folder is named.
+def locate(files: Sequence[QAFile], config: QAFeedbackConfig, root: Path) -> list[Path]:
+    """Paths of published files whose checksums are right, fetched first if no folder is named.
 
-    A folder that somebody named (environment variable, or ``folder``) must hold the file: nothing is fetched then. A
+    A folder that somebody named (environment variable, or ``folder``) must hold them all: nothing is fetched then. A
     checksum that is not given is printed instead of checked.
 
     Raises:
-        InputError: the file is not in the named folder, cannot be fetched, or has another checksum.
+        InputError: files are not in the named folder or cannot be fetched (the message names all that are missing), or
+            one has another checksum.
     """
     named = os.environ.get(FOLDER_VARIABLE) or config.folder
-    if named:
-        path = root / named / file.name  # an absolute folder replaces the root
-        if not path.exists():
-            origin = FOLDER_VARIABLE if os.environ.get(FOLDER_VARIABLE) else "source.folder"
-            raise InputError(
-                f"{path}: no such file, although {origin} names its folder; "
-                f"put {file.url} there, or unset {origin} to have it fetched"
+    folder = root / (named or DOWNLOADS)  # an absolute folder replaces the root
+    paths = [folder / file.name for file in files]
+    missing = [file for file, path in zip(files, paths, strict=True) if not path.exists()]
+    if named and missing:
+        origin = FOLDER_VARIABLE if os.environ.get(FOLDER_VARIABLE) else "source.folder"
+        raise InputError(
+            f"{' and '.join(str(folder / file.name) for file in missing)}: no such file, although {origin} names its "
+            f"folder; put {' and '.join(file.url for file in missing)} there, or unset {origin} to have it fetched"
+        )
+    for number, file in enumerate(missing):
+        wanted = " and ".join(f"{left.url} and save it as {folder / left.name}" for left in missing[number:])
+        advice = (
+            f"on a machine with network access download {wanted}, or set {FOLDER_VARIABLE} to a folder that holds "
+            f"{' and '.join(file.name for file in files)}"
+        )
+        fetch(file, folder / file.name, advice)
+    for file, path in zip(files, paths, strict=True):
+        if file.sha256 is None:
+            print(
+                f"{path}: not checked, no sha256 was given; to pin this file: source.train_part.sha256: {sha256(path)}"
             )
-    else:
-        path = root / DOWNLOADS / file.name
-        if not path.exists():
-            fetch(file, path)
-    if file.sha256 is None:
-        print(f"{path}: not checked, no sha256 was given; to pin this file: source.train_part.sha256: {sha256(path)}")
-    else:
-        check_sha256(path, file.sha256)
-    return path
+        else:
+            check_sha256(path, file.sha256)
+    return paths
 
 
-def fetch(file: QAFile, path: Path, timeout: float = 60.0) -> None:
+def fetch(file: QAFile, path: Path, advice: str, timeout: float = 60.0) -> None:
     """Fetch a file to ``path``; it appears there complete and with the right checksum, or not at all (without a
     checksum: complete and JSON).
 
     Raises:
-        InputError: it cannot be reached (the message says what to put where), its checksum is another one, or it is not
+        InputError: it cannot be reached (the message ends with ``advice``), its checksum is another one, or it is not
             JSON.
     """
     try:
         with urllib.request.urlopen(file.url, timeout=timeout) as response:
             content = response.read()
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-        raise InputError(
-            f"{file.url}: cannot be fetched ({error}); download it on a machine with network access and save it as "
-            f"{path}, or set {FOLDER_VARIABLE} to a folder that holds {file.name}"
-        ) from None
+        raise InputError(f"{file.url}: cannot be fetched ({error}); {advice}") from None
     found = hashlib.sha256(content).hexdigest()
     if file.sha256 is None:
         try:
@@ -538,14 +545,20 @@ def build(config: QAFeedbackConfig, root: Path) -> RawData:
         InputError: a file cannot be had or is not what it has to be.
         ConfigError: the sizes of the splits do not suit the data.
     """
-    questions = [
-        question for file in config.files for question in read_qa_file(locate(file, config, root), file.prefix)
-    ]
-    if config.train_part is None:
+    part = config.train_part
+    files = [*config.files, *([part] if part else [])]
+    paths = locate(files, config, root)
+    read = [read_qa_file(path, file.prefix) for file, path in zip(files, paths, strict=True)]
+    questions = [question for file in read[: len(config.files)] for question in file]
+    if part is None:
         splits = split_questions(questions, config.questions, config.seed)
     else:
-        part = config.train_part
-        published = read_qa_file(locate(part, config, root), part.prefix)
+        published = read[-1]
+        if part.rows not in (None, len(published)):
+            raise InputError(
+                f"{paths[-1]}: expected {part.rows:,} questions, found {len(published):,}; fetch the published file "
+                "again, or correct source.train_part.rows (null: any number) if the data is meant to differ"
+            )
         training, dropped = training_questions(published, questions, config.questions.train, config.seed)
         report(part.name, len(published), dropped)
         splits = {"train": training}

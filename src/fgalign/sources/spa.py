@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from fgalign.core.raw_data import RawData, RawSplit, Truth
 from fgalign.core.schema import SPLITS, Demonstration, Edit, Preference, Prompt, Reference
@@ -50,6 +50,7 @@ class SPAConfig(HubSection):
     """
 
     repo: RepoName = "RUCAIBox/SPA"
+    known_commit: ClassVar[str] = "that of May 2024 begins with 956ea42"
     prompt_style: PromptStyle = "alpaca"
     demonstrations: Literal["output", "revised_output"] = "output"
     reference: Literal["original_output", "revised_output", "output"] = "original_output"

@@ -72,12 +72,12 @@ def train_judge(context: Context, config: JudgeModelSection) -> None:
     pairs = context.split(SPLIT).preferences
     check_disjoint(pairs, context.split("train"), str(context.profile.data / "raw" / SPLIT / "preferences.jsonl"))
     triples = [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
-    train_sequence_model(context, config, preference_rows(context.tokenizer, triples))
+    count = train_sequence_model(context, config, preference_rows(context.tokenizer, triples))
     write_json(context.out / "budget.json", context.spent)
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
     write_json(
         context.out / "trained_on.json",
-        {"split": SPLIT, "seed": config.seed, "pairs": len(pairs), "prompts": prompts},
+        {"split": SPLIT, "seed": config.seed, "pairs": count, "prompts": prompts},
     )
 
 

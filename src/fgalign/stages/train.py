@@ -118,11 +118,13 @@ def run_base(profile: Profile) -> None:
 def run_sft(profile: Profile) -> None:
     """sft: supervised fine-tuning of the base model on the demonstrations, the reference policy."""
     from fgalign.sft import SFTSection, align_rows, tokenize
+    from fgalign.training import fitting
 
     config = profile.section("sft", SFTSection)
 
     def train(context: Context) -> None:
-        rows = tokenize(context.tokenizer, context.split("train").demonstrations, config.max_length)
+        records = tokenize(context.tokenizer, context.split("train").demonstrations)
+        rows = fitting(context, records, config, "demonstrations")
         align_rows(context, rows, config.optim, config.max_length, start=context.model("base"))
 
     train_seeds(profile, "sft", config, train)
