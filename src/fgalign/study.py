@@ -21,8 +21,8 @@ Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 class Variant(Section):
     """One variant of a study: keys of a method's entry that differ, or of the annotator whose edits it learns from.
 
-    With other edits the labels are made anew, and the reward model that the method needs is trained anew if it learns
-    from edits.
+    With other edits the labels are made anew, and the reward models that the method needs or takes as scorer are
+    trained anew if they learn from edits. A method of kind ``best_of_n`` takes no other edits.
     """
 
     title: str | None = None
