@@ -221,8 +221,9 @@ def build_pretrained(config: PretrainedConfig, out: Path) -> None:
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
     _separate_pad(tokenizer, model)
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    # A model that reads images too has a configuration of its text apart.
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
+        config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

@@ -275,7 +275,8 @@ class PolicyWithValue(nn.Module):
         self.has_values = has_values
         if has_values and value_model is None:
             # What the output layer reads; some models project their hidden states first.
-            size = getattr(policy.get_output_embeddings(), "in_features", policy.config.hidden_size)
+            layer = policy.get_output_embeddings()
+            size = layer.in_features if hasattr(layer, "in_features") else policy.config.get_text_config().hidden_size
             self.value_head = Float32Linear(size, 1)
             # Values start at 0: an untrained head must not disturb the first advantages.
             nn.init.zeros_(self.value_head.weight)

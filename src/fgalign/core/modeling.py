@@ -224,10 +224,14 @@ def classifier_class(config: type, kind: str) -> type:
 
     def start(self: Any, settings: Any) -> None:
         head.__init__(self, settings)
-        size = getattr(settings, "word_embed_proj_dim", settings.hidden_size)  # OPT's backbone ends in a projection
+        text = settings.get_text_config()
+        size = getattr(text, "word_embed_proj_dim", text.hidden_size)  # OPT's backbone ends in a projection
         self.score = nn.Linear(size, settings.num_labels, bias=self.score.bias is not None)
 
-    name = f"{causal.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}For{task}"
+    name = causal.__name__
+    for suffix in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"):
+        name = name.removesuffix(suffix)
+    name = f"{name}For{task}"
     own = {"__init__": start, "config_class": config, "base_model_prefix": causal.base_model_prefix}
     return type(name, (head, base), own)
 
