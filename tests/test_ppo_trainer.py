@@ -523,6 +523,11 @@ def test_adaptive_coefficient(make_trainer):
     assert [statistics["kl/coef"] for statistics in logs] == pytest.approx(expected[:3], rel=1e-6)
     assert trainer.kl_controller.value == pytest.approx(expected[3], rel=1e-6)
     assert logs[1]["kl/response"] > 1.2e-3
+    # Half of the batch is horizon enough: a round changes the coefficient by 0.2 * 8 / 4 at most.
+    trainer = make_trainer(kl_controller="adaptive", kl_coef=0.1, kl_horizon=4.0)
+    trainer.kl_controller.update(0.0, 8)
+    assert trainer.kl_controller.value == pytest.approx(0.06)
+    make_trainer(kl_horizon=1.6)  # which the fixed coefficient does not read
 
 
 def test_kl_penalty_holds_the_policy_back(make_trainer):
@@ -930,6 +935,10 @@ def test_loss_that_is_not_finite(make_trainer):
     [
         ({"schedule": "cosine"}, "schedule: expected one of constant, linear, found 'cosine'"),
         ({"value_model": "none"}, "value_model: expected one of head, separate, found 'none'"),
+        (
+            {"kl_controller": "adaptive", "kl_horizon": 1.6},
+            r"kl_horizon: expected more than 0\.2 \* rollout_batch_size 8 with kl_controller adaptive, .*, found 1\.6",
+        ),
         ({"kl_controller": "x"}, "kl_controller: expected one of fixed, adaptive, found 'x'"),
         ({"kl_estimator": "k4"}, "kl_estimator: expected one of k1, k2, k3, found 'k4'"),
         ({"reward_scale": "x"}, "reward_scale: expected one of reference_std, none, found 'x'"),

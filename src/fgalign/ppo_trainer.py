@@ -70,6 +70,7 @@ from fgalign.distributed import (
 )
 from fgalign.errors import ConfigError, TrainingError
 from fgalign.losses.ppo import (
+    KL_ERROR,
     AdaptiveKLController,
     FixedKLController,
     ValueLoss,
@@ -236,6 +237,11 @@ def check_config(args: FineGrainedPPOConfig) -> None:
     for name in ("kl_target", "kl_horizon"):
         if not getattr(args, name) > 0:
             raise ConfigError(f"{name}: expected above 0, found {getattr(args, name)}")
+    if args.kl_controller == "adaptive" and not args.kl_horizon > KL_ERROR * args.rollout_batch_size:
+        raise ConfigError(
+            f"kl_horizon: expected more than {KL_ERROR} * rollout_batch_size {args.rollout_batch_size} with "
+            f"kl_controller adaptive, or one round could take kl_coef to 0 or below, found {args.kl_horizon}; raise it"
+        )
     if not args.temperature > 0:
         raise ConfigError(f"temperature: expected above 0 (training needs a distribution), found {args.temperature}")
 
