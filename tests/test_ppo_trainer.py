@@ -47,7 +47,9 @@ def at_last_token(rollout):
 
 @pytest.fixture
 def make_trainer(make_model, ids, tmp_path):
-    def make(reward=share, model=None, ref_model="same", critic=None, peft_config=None, log=None, **config):
+    def make(
+        reward=share, model=None, ref_model="same", critic=None, peft_config=None, log=None, prompts=PROMPTS, **config
+    ):
         # The class's defaults, but small; the wide learning rate makes the policy move within a few updates.
         settings = {
             "output_dir": str(tmp_path / "out"), "updates": 2, "rollout_batch_size": 8, "epochs": 2,
@@ -59,7 +61,7 @@ def make_trainer(make_model, ids, tmp_path):
             make_model(0) if ref_model == "same" else ref_model,
             reward,
             FineGrainedPPOConfig(**{**settings, **config}),
-            PROMPTS,
+            prompts,
             ids,
             value_model=critic,
             peft_config=peft_config,
@@ -952,6 +954,14 @@ def test_loss_that_is_not_finite(make_trainer):
         ({"minibatch_size": 3}, "minibatch_size: expected a divisor of rollout_batch_size 8, found 3"),
         ({"rollout_batch_size": 16}, "train_dataset: 12 prompts, fewer than rollout_batch_size 16"),
         ({"temperature": 0.0}, "temperature: expected above 0 .*, found 0.0"),
+        (
+            {"calibration_prompts": 1},
+            "calibration_prompts: expected at least 2 prompts with reward_scale ref.* found 1: ",
+        ),
+        (
+            {"prompts": [[3]], "rollout_batch_size": 1, "minibatch_size": 1},
+            "train_dataset: expected at least 2 prompts with reward_scale reference_std, found 1: one response has no",
+        ),
         ({"value_model": "separate"}, "value_model: 'separate' in args, but none given"),
         ({"ref_model": None}, "ref_model: None works only with peft_config"),
     ],
@@ -1012,6 +1022,19 @@ def test_a_gradient_that_is_not_finite_stops_the_training(make_trainer, monkeypa
 def test_prompts_that_are_no_token_ids_are_refused(prompts, message):
     with pytest.raises(ConfigError, match=f"train_dataset: {message}"):
         check_prompts(prompts, 0)
+
+
+def test_prompts_of_numpy_are_prompts_of_python(make_trainer):
+    import numpy as np
+
+    arrays = [list(np.array(prompt)) for prompt in PROMPTS]
+    assert same(*(trained(make_trainer(prompts=prompts, updates=1)) for prompts in (PROMPTS, arrays)))
+
+
+def test_one_prompt_is_enough_without_the_scale(make_trainer):
+    make_trainer(
+        prompts=[[3, 4]], rollout_batch_size=1, minibatch_size=1, calibration_prompts=1, reward_scale="none", updates=1
+    ).train()
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "kl_coef", "clip_range", "lam", "gamma", "value_coef"])

@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,7 @@ def check_prompts(prompts: Sequence[Any], pad_token_id: int) -> None:
                 "train_dataset: expected a list of prompts, each a list of token ids, found "
                 f"{type(prompts).__name__} of {type(prompt).__name__}"
             )
-        if not prompt or not all(isinstance(token, int) for token in prompt):
+        if not prompt or not all(isinstance(token, Integral) for token in prompt):  # numpy's too
             raise ConfigError(f"train_dataset: prompt {number}: expected token ids, found {_beginning(prompt)}")
         if pad_token_id in (prompt[0], prompt[-1]):
             raise ConfigError(
@@ -477,6 +478,13 @@ class FineGrainedPPOTrainer:
                 f"train_dataset: {len(train_dataset)} prompts, fewer than rollout_batch_size "
                 f"{args.rollout_batch_size}{groups}"
             )
+        calibration = {"calibration_prompts": args.calibration_prompts, "train_dataset": len(train_dataset)}
+        for name, count in calibration.items():
+            if args.reward_scale == "reference_std" and count < 2:
+                raise ConfigError(
+                    f"{name}: expected at least 2 prompts with reward_scale reference_std, found {count}: one response "
+                    "has no standard deviation; give more, or set reward_scale to none"
+                )
         if peft_config is not None:
             from peft import get_peft_model
 
