@@ -258,7 +258,7 @@ def float32_head(model: Any) -> Any:
 
 def check_positions(folder: Path, length: int | None, where: str) -> None:
     """Raise ConfigError where a model learned a place for each position and has fewer than ``length``: beyond them it
-    would read outside its table. Rotary positions and ALiBi have no such end."""
+    would read outside its table. Rotary positions and ALiBi have no such end. ``where`` says what ``length`` is of."""
     from transformers import AutoConfig
 
     if length is None:
@@ -269,7 +269,7 @@ def check_positions(folder: Path, length: int | None, where: str) -> None:
     endless = endless or config.model_type in ("bloom", "mpt")
     if limit is not None and not endless and length > limit:
         raise ConfigError(
-            f"{where}: max_length: expected at most {limit}, the positions that {type(config).__name__} of {folder} "
+            f"{where}: expected at most {limit}, the positions that {type(config).__name__} of {folder} "
             f"has learned, found {length}"
         )
 
