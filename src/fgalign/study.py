@@ -100,7 +100,7 @@ def get_study(profile: Profile, name: str) -> Study:
 
 def search_section(profile: Profile) -> SearchSection:
     """The ``search`` section; ConfigError unless its seed is one of the profile's, and the methods of each group of
-    ``together`` have the same grid."""
+    ``together`` have a grid, the same."""
     config = profile.section("search", SearchSection)
     if config.seed not in profile.seeds:
         raise ConfigError(
@@ -108,11 +108,12 @@ def search_section(profile: Profile) -> SearchSection:
         )
     methods = profile.params.get("methods", {})
     for group in config.together:
-        for method in group:
-            if method not in methods or searched_keys(methods[method]) != searched_keys(methods[group[0]]):
+        grids = [searched_keys(methods.get(method, {})) for method in group]
+        for method, grid in zip(group, grids, strict=True):
+            if not grid or grid != grids[0]:
                 raise ConfigError(
                     f"{profile.file}: search.together: expected methods with the same `search` grid, found {group}; "
-                    f"{method!r} has another or is no method"
+                    f"{method!r} has {'another' if grid else 'none or is no method'}; change its grid or the group"
                 )
     return config
 
