@@ -275,6 +275,15 @@ def test_answers_of_the_best_of_three(answer, name):
     assert kept and all(best - first == pytest.approx(0.4319456, abs=2e-6) for best, first in kept)
 
 
+def test_the_best_of_equal_draws_is_refused(answer):
+    answer.profile.params["evaluation"]["temperature"] = 0.0
+    assert answer(None) == answer(None)
+    with pytest.raises(
+        ConfigError, match=r"params.yaml: evaluation.temperature: expected above 0 for .*mine.seed-1, .* best of 3 resp"
+    ):
+        answer(Decoding(best_of=3, reward="rm_token"))
+
+
 def test_prompts_that_leave_no_room_for_a_response_are_refused(answer, tokenizer, make_gpt2):
     from fgalign.stages.generate import Answerer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fgalign.config import Profile
 from fgalign.core.schema import Reference, Sample, write_records
+from fgalign.errors import ConfigError
 from fgalign.evaluation.config import REWARD_MODELS, EvaluationConfig
 from fgalign.evaluation.truth import split_references
 from fgalign.tracking import track
@@ -67,6 +68,11 @@ class Answerer:
         decoding = read_decoding(folder)
         prefix = tokenizer(decoding.prefix, add_special_tokens=False)["input_ids"]
         self._check_positions(prefix)
+        if decoding.best_of > 1 and not config.temperature:
+            raise ConfigError(
+                f"{profile.file}: evaluation.temperature: expected above 0 for {folder}, which answers with the best "
+                f"of {decoding.best_of} responses, found 0, with which all of them are the same; raise it"
+            )
         # One model at a time (best-of-n: two), so that what trains on a GPU can also be evaluated there.
         policy = load_causal_lm(folder, device).eval()
         chooser = None
