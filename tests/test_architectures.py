@@ -16,7 +16,7 @@ from fgalign.core.modeling import (
     load_token_reward_model,
     save_model,
 )
-from fgalign.core.rollout import check_fixed_cache, response_logps
+from fgalign.core.rollout import as_rollout, check_fixed_cache, response_logps
 from fgalign.errors import ConfigError, InputError
 from fgalign.losses.figa import figa_loss
 from fgalign.methods.figa import FIGAConfig, FIGATrainer
@@ -38,8 +38,21 @@ FAMILIES = {
     "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4},  # its weights are not under `model`
     "gemma3_text": {"head_dim": 8},
     "bloom": {"n_layer": 2, "n_head": 2},
+    "gemma3": {"head_dim": 8, "sliding_window": 4},  # reads images too: the text has a configuration of its own
 }
-WITHOUT_REWARD_MODELS = {"opt": "OPTForTokenClassification", "gptj": "GPTJForTokenClassification"}
+PARTS = {
+    "gemma3": {
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4, "image_token_id": 39, "boi_token_index": 38, "eoi_token_index": 37,
+    }
+}  # fmt: skip
+"""The parts of models that have other ones than the text, whose settings are those of ``FAMILIES``."""
+WITHOUT_REWARD_MODELS = {
+    "opt": "OPTForTokenClassification", "gptj": "GPTJForTokenClassification", "gemma3": "Gemma3ForTokenClassification",
+}  # fmt: skip
 """Families for which transformers has no token classification, and the name of ours."""
 
 
@@ -56,9 +69,10 @@ def build(kind, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **{**COMMON, **FAMILIES.get(kind, {}), **changes})
-    )
+    settings = {**COMMON, **FAMILIES.get(kind, {}), **changes}
+    if kind in PARTS:
+        settings = {"text_config": settings, **PARTS[kind]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -89,6 +103,25 @@ def test_reward_models_read_the_policys_hidden_states(saved, tmp_path, kind):
         save_model(model, Tokenizer(), tmp_path / level)
         again = load(tmp_path / level).eval()
         torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_score_is_that_of_the_last_token_even_if_it_pads(saved, kind):
+    model = load_sequence_reward_model(saved(kind), num_labels=1).eval()
+    torch.nn.init.normal_(model.score.weight)
+    prompts, responses = [[3, 4, 5], [7]], [[6, 7, PAD], [8, 9]]
+    found = reward_function(model, "sequence")(as_rollout(prompts, responses, PAD, "cpu"))
+    for row, ids in enumerate([[3, 4, 5, 6, 7, PAD], [7, 8, 9]]):
+        scores = model.score(model.model(input_ids=tensor([ids])).last_hidden_state)[0, :, 0]
+        assert float(found[row]) == pytest.approx(float(scores[-1]), abs=1e-5)
+        assert abs(float(scores[-1] - scores[-2])) > 1e-2
+    text = model.config.get_text_config()
+    assert text.pad_token_id == PAD
+    text.pad_token_id = None
+    with pytest.raises(
+        ConfigError, match=r"expected a pad token in its configuration, found none; set config\.get_text"
+    ):
+        reward_function(model, "sequence")
 
 
 def test_missing_weights_are_not_drawn_at_random(saved):
@@ -213,9 +246,7 @@ def test_learned_positions_end(saved):
     for kind, limit in (("gpt2", 64), ("opt", 64)):
         folder = saved(kind)
         check_positions(folder, limit, "here")
-        with pytest.raises(
-            ConfigError, match=f"here: max_length: expected at most {limit}, the positions that .* found 65"
-        ):
+        with pytest.raises(ConfigError, match=f"here: expected at most {limit}, the positions that .* found 65"):
             check_positions(folder, limit + 1, "here")
     check_positions(saved("llama"), 1000, "here")
     check_positions(saved("bloom"), 1000, "here")
@@ -236,3 +267,18 @@ def test_router_logits_stay_out_of_sampling(saved):
         response_ids=tensor([[5, 6]]),
     )
     assert response_logps(model, rollout).shape == (1, 2)
+
+
+def test_the_base_stage_sets_the_special_tokens_of_the_text_too(saved, tokenizer, tmp_path):
+    from transformers import AutoConfig
+
+    from fgalign.base_model import PretrainedConfig, build_pretrained
+
+    folder = saved("gemma3", vocab_size=len(tokenizer), pad_token_id=7, eos_token_id=8)
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "base").mkdir()
+    build_pretrained(PretrainedConfig(kind="pretrained", name=str(folder)), tmp_path / "base")
+    config = AutoConfig.from_pretrained(tmp_path / "base")
+    expected = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    for part in (config, config.text_config, load_causal_lm(tmp_path / "base").generation_config):
+        assert (part.pad_token_id, part.eos_token_id) == expected

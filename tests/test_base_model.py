@@ -14,6 +14,7 @@ import yaml
 
 from fgalign.base_model import PretrainedConfig, build_pretrained
 from fgalign.core.modeling import load_tokenizer, save_model
+from fgalign.core.tokens import encode_response
 from fgalign.errors import ConfigError, InputError
 
 ROOT = Path(__file__).parent.parent
@@ -169,6 +170,41 @@ def test_without_a_chat_template_the_base_stage_stops(publish, take_over, tmp_pa
     with pytest.raises(ConfigError, match="has no chat template"):
         take_over(folder, chat_template="")
     assert load_tokenizer(take_over(folder, chat_template="{{ messages }}")).chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}", "<|end|>"),
+        ("{% for m in messages %}<|user|>{{ m.content | trim }} <|end|>\n{{ eos_token }}{% endfor %}", "<|end|>"),
+        ("{% for m in messages %}<|user|>{{ m.content }}{{ eos_token }}{% endfor %}", "<eos>"),
+        # Nothing or a text behind a turn, and no answers in a conversation: nothing says how they end.
+        ("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", "<eos>"),
+        ("{% for m in messages %}<|user|>{{ m.content }}\nnext {% endfor %}", "<eos>"),
+        ("<|user|>{{ messages[0].content }}<|end|>", "<eos>"),
+        ("{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}<|user|>", "<eos>"),
+    ],
+)
+def test_responses_end_with_the_token_that_ends_turns(
+    make_gpt2, tokenizer, take_over, tmp_path, capsys, template, end
+) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"eos_token": "<eos>"})
+    other.chat_template = template
+    # What ends turns pads too, as with some models.
+    other.pad_token = "<|end|>"
+    ids = {"<|end|>": tokenizer.eos_token_id, "<eos>": len(tokenizer)}
+    save_model(make_gpt2(vocab_size=len(other), eos_token_id=ids["<eos>"]), other, tmp_path / "other")
+    capsys.readouterr()
+    base = take_over(tmp_path / "other")
+    found = load_tokenizer(base)
+    assert (found.eos_token, found.eos_token_id) == (end, ids[end])
+    assert found.pad_token_id != found.eos_token_id
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((base / name).read_text())["eos_token_id"] == ids[end]
+    said = "base: responses end with <|end|>, as turns of the chat template do, not <eos>\n"
+    assert capsys.readouterr().out == (said if end == "<|end|>" else "")
+    assert encode_response(found, "the cat")[-1] == ids[end]
 
 
 @pytest.mark.parametrize("name", ["{}/models/mistyped", "./mistyped", "models/mistyped/", "~/mistyped", ""])

@@ -275,6 +275,42 @@ def test_answers_of_the_best_of_three(answer, name):
     assert kept and all(best - first == pytest.approx(0.4319456, abs=2e-6) for best, first in kept)
 
 
+def test_the_best_of_equal_draws_is_refused(answer):
+    answer.profile.params["evaluation"]["temperature"] = 0.0
+    assert answer(None) == answer(None)
+    with pytest.raises(
+        ConfigError, match=r"params.yaml: evaluation.temperature: expected above 0 for .*mine.seed-1, .* best of 3 resp"
+    ):
+        answer(Decoding(best_of=3, reward="rm_token"))
+
+
+def test_prompts_that_leave_no_room_for_a_response_are_refused(answer, tokenizer, make_gpt2):
+    from fgalign.stages.generate import Answerer
+
+    longest = max(len(encode_prompt(tokenizer, record.prompt)) for record in REFERENCES)
+    prefix = len(tokenizer("the cat", add_special_tokens=False)["input_ids"])
+    base = answer.profile.model_folder("base")
+
+    def learned(positions):
+        # Only its configuration is read: the policies are Llamas, which run at any position.
+        make_gpt2(n_positions=positions).config.save_pretrained(base)
+
+    learned(longest + 8)
+    answer(None)
+    where = rf"params.yaml: evaluation: the longest prompt \({longest} tokens\)"
+    with pytest.raises(
+        ConfigError, match=rf"{where}, prefix \({prefix}\) and response_length 8 together: expected at m"
+    ):
+        answer(Decoding(prefix="the cat"))
+    learned(longest + 8 + prefix)
+    answer(Decoding(prefix="the cat"))
+    learned(longest + 7)
+    with pytest.raises(
+        ConfigError, match=rf"{where} and response_length 8 together: expected at most {longest + 7}, .*{longest + 8}$"
+    ):
+        Answerer(answer.profile, REFERENCES)
+
+
 def test_the_best_of_the_sft_policy_has_the_bound_as_kl(answer):
     samples = answer(Decoding(best_of=4, reward="rm_preference"), "sft")
     assert {sample.kl for sample in samples} == {0.636294}

@@ -47,7 +47,9 @@ def at_last_token(rollout):
 
 @pytest.fixture
 def make_trainer(make_model, ids, tmp_path):
-    def make(reward=share, model=None, ref_model="same", critic=None, peft_config=None, log=None, **config):
+    def make(
+        reward=share, model=None, ref_model="same", critic=None, peft_config=None, log=None, prompts=PROMPTS, **config
+    ):
         # The class's defaults, but small; the wide learning rate makes the policy move within a few updates.
         settings = {
             "output_dir": str(tmp_path / "out"), "updates": 2, "rollout_batch_size": 8, "epochs": 2,
@@ -59,7 +61,7 @@ def make_trainer(make_model, ids, tmp_path):
             make_model(0) if ref_model == "same" else ref_model,
             reward,
             FineGrainedPPOConfig(**{**settings, **config}),
-            PROMPTS,
+            prompts,
             ids,
             value_model=critic,
             peft_config=peft_config,
@@ -523,6 +525,11 @@ def test_adaptive_coefficient(make_trainer):
     assert [statistics["kl/coef"] for statistics in logs] == pytest.approx(expected[:3], rel=1e-6)
     assert trainer.kl_controller.value == pytest.approx(expected[3], rel=1e-6)
     assert logs[1]["kl/response"] > 1.2e-3
+    # Half of the batch is horizon enough: a round changes the coefficient by 0.2 * 8 / 4 at most.
+    trainer = make_trainer(kl_controller="adaptive", kl_coef=0.1, kl_horizon=4.0)
+    trainer.kl_controller.update(0.0, 8)
+    assert trainer.kl_controller.value == pytest.approx(0.06)
+    make_trainer(kl_horizon=1.6)  # which the fixed coefficient does not read
 
 
 def test_kl_penalty_holds_the_policy_back(make_trainer):
@@ -930,6 +937,10 @@ def test_loss_that_is_not_finite(make_trainer):
     [
         ({"schedule": "cosine"}, "schedule: expected one of constant, linear, found 'cosine'"),
         ({"value_model": "none"}, "value_model: expected one of head, separate, found 'none'"),
+        (
+            {"kl_controller": "adaptive", "kl_horizon": 1.6},
+            r"kl_horizon: expected more than 0\.2 \* rollout_batch_size 8 with kl_controller adaptive, .*, found 1\.6",
+        ),
         ({"kl_controller": "x"}, "kl_controller: expected one of fixed, adaptive, found 'x'"),
         ({"kl_estimator": "k4"}, "kl_estimator: expected one of k1, k2, k3, found 'k4'"),
         ({"reward_scale": "x"}, "reward_scale: expected one of reference_std, none, found 'x'"),
@@ -943,6 +954,14 @@ def test_loss_that_is_not_finite(make_trainer):
         ({"minibatch_size": 3}, "minibatch_size: expected a divisor of rollout_batch_size 8, found 3"),
         ({"rollout_batch_size": 16}, "train_dataset: 12 prompts, fewer than rollout_batch_size 16"),
         ({"temperature": 0.0}, "temperature: expected above 0 .*, found 0.0"),
+        (
+            {"calibration_prompts": 1},
+            "calibration_prompts: expected at least 2 prompts with reward_scale ref.* found 1: ",
+        ),
+        (
+            {"prompts": [[3]], "rollout_batch_size": 1, "minibatch_size": 1},
+            "train_dataset: expected at least 2 prompts with reward_scale reference_std, found 1: one response has no",
+        ),
         ({"value_model": "separate"}, "value_model: 'separate' in args, but none given"),
         ({"ref_model": None}, "ref_model: None works only with peft_config"),
     ],
@@ -1003,6 +1022,19 @@ def test_a_gradient_that_is_not_finite_stops_the_training(make_trainer, monkeypa
 def test_prompts_that_are_no_token_ids_are_refused(prompts, message):
     with pytest.raises(ConfigError, match=f"train_dataset: {message}"):
         check_prompts(prompts, 0)
+
+
+def test_prompts_of_numpy_are_prompts_of_python(make_trainer):
+    import numpy as np
+
+    arrays = [list(np.array(prompt)) for prompt in PROMPTS]
+    assert same(*(trained(make_trainer(prompts=prompts, updates=1)) for prompts in (PROMPTS, arrays)))
+
+
+def test_one_prompt_is_enough_without_the_scale(make_trainer):
+    make_trainer(
+        prompts=[[3, 4]], rollout_batch_size=1, minibatch_size=1, calibration_prompts=1, reward_scale="none", updates=1
+    ).train()
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "kl_coef", "clip_range", "lam", "gamma", "value_coef"])

@@ -452,6 +452,12 @@ def test_credit_by_hand(profile):
     assert cells["weight_share"].mean == pytest.approx(30.0)
     assert cells["weight_share"].high == pytest.approx(30 + 4.302653 * 2 / 3**0.5, abs=1e-4)
     assert (cells["share_tokens"].mean, cells["difference_to_chance"].mean) == (10.0, 20.0)
+    # Another method with the same reward would be added up with the first.
+    made_up.write_csv(path, "reward,seed,id,flawed_tokens,tokens,weight_flawed,weight_total", [*rows, rows[3]])
+    with pytest.raises(
+        InputError, match=r"credit.csv:8: reward rm_token, seed 2, id 'b' comes twice; run .* method a re"
+    ):
+        build_table(profile, "credit")
     rows[0][5] = 40
     made_up.write_csv(path, "reward,seed,id,flawed_tokens,tokens,weight_flawed,weight_total", rows)
     with pytest.raises(InputError, match=r"rm_token, seed 1: expected 0 <= weight_flawed <= weight_total"):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import tensor
-from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig
+from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, MistralConfig, MistralForCausalLM
 
 from fgalign.core.kv_cache import GrowingCache
 from fgalign.core.modeling import attend_in_float32
@@ -211,6 +211,35 @@ def test_compiled_decoder_draws_the_same(make_model, monkeypatch, temperature):
         held.append({rows: cache.layers[0].keys.shape[2] for rows, cache in decoder._caches.items()})
     # The longest prompt and BUDGET have fewer than 64 tokens; a longer cache replaces all that are shorter.
     assert held == [{5: 64}, {5: 64}, {5: 64, 3: 64}, {3: 128}, {3: 128, 5: 128}]
+
+
+def test_layers_with_sliding_windows_are_compiled_as_often_as_others(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs, **_):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    settings = {
+        "vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "initializer_range": 0.3,
+    }  # fmt: skip
+    uniform = uniforms(5, BUDGET, torch.Generator().manual_seed(1))
+    compiled, drawn = {}, {}
+    for window in (None, 4):
+        torch.manual_seed(0)
+        model = MistralForCausalLM(MistralConfig(**settings, sliding_window=window)).eval()
+        torch._dynamo.reset()
+        graphs.clear()
+        decoder = CompiledDecoder(model)
+        for _ in range(2):
+            drawn[window] = sample(model, PROMPTS, uniform, decoder=decoder).response_lists()
+        compiled[window] = len(graphs)
+        assert drawn[window] == sample(model, PROMPTS, uniform).response_lists()
+    assert compiled[4] == compiled[None] > 0
+    # With the longest prompt, of five tokens, the first token drawn lies beyond the window already.
+    assert drawn[4] != drawn[None]
 
 
 @pytest.mark.parametrize("kind", [Decoder, CompiledDecoder])

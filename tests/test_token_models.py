@@ -14,7 +14,7 @@ from fgalign.config import Profile
 from fgalign.context import Context
 from fgalign.core.modeling import RuntimeConfig, load_token_reward_model
 from fgalign.core.raw_data import read_split
-from fgalign.core.schema import LabelledPair
+from fgalign.core.schema import Edit, LabelledPair, read_records
 from fgalign.errors import ConfigError, InputError
 from fgalign.losses.token_reward import (
     IGNORE,
@@ -392,6 +392,68 @@ def test_stages(profile):
             mine = [float(pair["correct"]) for pair in pairs if all(pair[name] == row[name] for name in key)]
             assert set(mine) <= {0.0, 0.5, 1.0}
             assert float(row["value"]) == pytest.approx(sum(mine) / len(mine), abs=1e-6)
+
+
+def test_other_edits_train_every_reward_model_that_a_method_reads_anew(profile, monkeypatch):
+    from dataclasses import replace
+
+    from fgalign.stages import studies
+    from fgalign.stages.data import run_study_edits
+
+    ppo = {"kind": "ppo", "trainer": {"updates": 1}}
+    figa = {"kind": "figa", "optim": SECTION["optim"], "needs": "rm_preference"}
+    scored = {"signal": "reward_model", "scorer": "tm_regression"}
+    methods = {
+        "ppo": {**ppo, "needs": "rm_preference"},
+        "tlcr": {**ppo, "needs": "tm_binary"},
+        "figa": figa,
+        "bon": {"kind": "best_of_n", "needs": "rm_token"},
+    }
+    noisy = {"annotator": {"miss_rate": 0.5}}
+    expected = {
+        "ppo": ("ppo", {}, []),
+        "edit": ("ppo", {"needs": "rm_edit"}, ["rm_edit"]),
+        "tlcr": ("tlcr", {}, ["tm_binary"]),
+        "away": ("tlcr", {"needs": "rm_preference"}, []),
+        "figa": ("figa", {}, []),
+        "scorer": ("figa", scored, ["tm_regression"]),
+        "both": ("figa", {**scored, "needs": "rm_edit"}, ["rm_edit", "tm_regression"]),
+        "once": ("figa", {**scored, "needs": "tm_regression"}, ["tm_regression"]),
+    }
+    variants = {key: {"method": method, "change": change, **noisy} for key, (method, change, _) in expected.items()}
+    refused = {"variants": {**variants, "bon": {"method": "bon", **noisy}}}
+    params = {"methods": methods, "studies": {"noise": {"variants": variants}, "refused": refused}}
+    profile = replace(profile, params={**profile.params, **params})
+    run_study_edits(profile, "noise")
+    trained, read = [], {}
+
+    def train(context, name):
+        trained.append((context.stage, context.seed, context.edits("train") != edits))
+        (context.out / "config.json").write_text(name)
+
+    def align(context, method, change):
+        entry = {**methods[method], **change}
+        names = [entry["needs"], *([entry["scorer"]] if "scorer" in entry else [])]
+        anew = [name for name in dict.fromkeys(names) if context.overlay in context.model(name).parents]
+        read[context.stage] = anew
+        (context.out / "config.json").write_text("")
+
+    edits = read_records(profile.data / "edits" / "train.jsonl", Edit)
+    monkeypatch.setattr(studies, "train_reward_model", train)
+    monkeypatch.setattr(studies, "align", align)
+    studies.run_study(profile, "noise")
+    assert read == {f"noise/{key}": names for key, (*_, names) in expected.items()}
+    assert trained == [
+        (f"noise/{key}/{name}", seed, True)
+        for key, (*_, names) in expected.items()
+        for seed in (1, 2)
+        for name in names
+    ]
+    # Best of n reads its reward model only when it answers.
+    with pytest.raises(
+        ConfigError, match=r"studies\.refused\.variants\.bon\.annotator: expected none with a method of"
+    ):
+        studies.run_study(profile, "refused")
 
 
 def test_token_metrics_by_hand():

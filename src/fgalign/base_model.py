@@ -220,9 +220,11 @@ def build_pretrained(config: PretrainedConfig, out: Path) -> None:
         del model.config.quantization_config
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
+    _end_as_turns_do(tokenizer)
     _separate_pad(tokenizer, model)
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    # A model that reads images too has a configuration of its text apart.
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
+        config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -295,6 +297,24 @@ def _loading(config: PretrainedConfig) -> Iterator[None]:
         raise InputError(f"{reason}; {advice}") from None
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _end_as_turns_do(tokenizer: Any) -> None:
+    """Have responses end with the special token that ends an assistant's turn in the chat template, and say so, where
+    the tokenizer calls another one its end (Gemma, Phi-3): the model has learned to stop with the first."""
+    from jinja2 import TemplateError
+
+    answer = "The answer to it."
+    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    try:
+        _, found, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+    except TemplateError:  # it renders user turns alone, all that is asked of it elsewhere
+        return
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"] if found else []
+    end = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+    if end is not None and end.special and end.content != tokenizer.eos_token:
+        print(f"base: responses end with {end.content}, as turns of the chat template do, not {tokenizer.eos_token}")
+        tokenizer.eos_token = end.content
 
 
 def _separate_pad(tokenizer: Any, model: Any) -> None:

@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ from fgalign.distributed import (
 )
 from fgalign.errors import ConfigError, TrainingError
 from fgalign.losses.ppo import (
+    KL_ERROR,
     AdaptiveKLController,
     FixedKLController,
     ValueLoss,
@@ -236,6 +238,11 @@ def check_config(args: FineGrainedPPOConfig) -> None:
     for name in ("kl_target", "kl_horizon"):
         if not getattr(args, name) > 0:
             raise ConfigError(f"{name}: expected above 0, found {getattr(args, name)}")
+    if args.kl_controller == "adaptive" and not args.kl_horizon > KL_ERROR * args.rollout_batch_size:
+        raise ConfigError(
+            f"kl_horizon: expected more than {KL_ERROR} * rollout_batch_size {args.rollout_batch_size} with "
+            f"kl_controller adaptive, or one round could take kl_coef to 0 or below, found {args.kl_horizon}; raise it"
+        )
     if not args.temperature > 0:
         raise ConfigError(f"temperature: expected above 0 (training needs a distribution), found {args.temperature}")
 
@@ -248,7 +255,7 @@ def check_prompts(prompts: Sequence[Any], pad_token_id: int) -> None:
                 "train_dataset: expected a list of prompts, each a list of token ids, found "
                 f"{type(prompts).__name__} of {type(prompt).__name__}"
             )
-        if not prompt or not all(isinstance(token, int) for token in prompt):
+        if not prompt or not all(isinstance(token, Integral) for token in prompt):  # numpy's too
             raise ConfigError(f"train_dataset: prompt {number}: expected token ids, found {_beginning(prompt)}")
         if pad_token_id in (prompt[0], prompt[-1]):
             raise ConfigError(
@@ -275,7 +282,8 @@ class PolicyWithValue(nn.Module):
         self.has_values = has_values
         if has_values and value_model is None:
             # What the output layer reads; some models project their hidden states first.
-            size = getattr(policy.get_output_embeddings(), "in_features", policy.config.hidden_size)
+            layer = policy.get_output_embeddings()
+            size = layer.in_features if hasattr(layer, "in_features") else policy.config.get_text_config().hidden_size
             self.value_head = Float32Linear(size, 1)
             # Values start at 0: an untrained head must not disturb the first advantages.
             nn.init.zeros_(self.value_head.weight)
@@ -470,6 +478,13 @@ class FineGrainedPPOTrainer:
                 f"train_dataset: {len(train_dataset)} prompts, fewer than rollout_batch_size "
                 f"{args.rollout_batch_size}{groups}"
             )
+        calibration = {"calibration_prompts": args.calibration_prompts, "train_dataset": len(train_dataset)}
+        for name, count in calibration.items():
+            if args.reward_scale == "reference_std" and count < 2:
+                raise ConfigError(
+                    f"{name}: expected at least 2 prompts with reward_scale reference_std, found {count}: one response "
+                    "has no standard deviation; give more, or set reward_scale to none"
+                )
         if peft_config is not None:
             from peft import get_peft_model
 

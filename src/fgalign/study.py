@@ -21,8 +21,8 @@ Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 class Variant(Section):
     """One variant of a study: keys of a method's entry that differ, or of the annotator whose edits it learns from.
 
-    With other edits the labels are made anew, and the reward model that the method needs is trained anew if it learns
-    from edits.
+    With other edits the labels are made anew, and the reward models that the method needs or takes as scorer are
+    trained anew if they learn from edits. A method of kind ``best_of_n`` takes no other edits.
     """
 
     title: str | None = None
@@ -100,7 +100,7 @@ def get_study(profile: Profile, name: str) -> Study:
 
 def search_section(profile: Profile) -> SearchSection:
     """The ``search`` section; ConfigError unless its seed is one of the profile's, and the methods of each group of
-    ``together`` have the same grid."""
+    ``together`` have a grid, the same."""
     config = profile.section("search", SearchSection)
     if config.seed not in profile.seeds:
         raise ConfigError(
@@ -108,11 +108,12 @@ def search_section(profile: Profile) -> SearchSection:
         )
     methods = profile.params.get("methods", {})
     for group in config.together:
-        for method in group:
-            if method not in methods or searched_keys(methods[method]) != searched_keys(methods[group[0]]):
+        grids = [searched_keys(methods.get(method, {})) for method in group]
+        for method, grid in zip(group, grids, strict=True):
+            if not grid or grid != grids[0]:
                 raise ConfigError(
                     f"{profile.file}: search.together: expected methods with the same `search` grid, found {group}; "
-                    f"{method!r} has another or is no method"
+                    f"{method!r} has {'another' if grid else 'none or is no method'}; change its grid or the group"
                 )
     return config
 

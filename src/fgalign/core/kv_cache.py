@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 from fgalign.core.modeling import attends_in_float32
 
@@ -61,4 +61,11 @@ class _Layer(DynamicLayer):
 
 
 class FixedCache(_OneType, StaticCache):
-    """A cache of fixed size, all of which attention sees through a mask."""
+    """A cache of fixed size, all of which attention sees through a mask, also in layers with a sliding window:
+    transformers' own for those counts tokens in Python, so that torch would compile anew at each."""
+
+    def __init__(self, config: Any, max_cache_len: int) -> None:
+        super().__init__(config, max_cache_len=max_cache_len)
+        self.layers = [
+            StaticLayer(max_cache_len) if type(layer) is StaticSlidingWindowLayer else layer for layer in self.layers
+        ]

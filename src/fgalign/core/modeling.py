@@ -224,10 +224,14 @@ def classifier_class(config: type, kind: str) -> type:
 
     def start(self: Any, settings: Any) -> None:
         head.__init__(self, settings)
-        size = getattr(settings, "word_embed_proj_dim", settings.hidden_size)  # OPT's backbone ends in a projection
+        text = settings.get_text_config()
+        size = getattr(text, "word_embed_proj_dim", text.hidden_size)  # OPT's backbone ends in a projection
         self.score = nn.Linear(size, settings.num_labels, bias=self.score.bias is not None)
 
-    name = f"{causal.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}For{task}"
+    name = causal.__name__
+    for suffix in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"):
+        name = name.removesuffix(suffix)
+    name = f"{name}For{task}"
     own = {"__init__": start, "config_class": config, "base_model_prefix": causal.base_model_prefix}
     return type(name, (head, base), own)
 
@@ -254,7 +258,7 @@ def float32_head(model: Any) -> Any:
 
 def check_positions(folder: Path, length: int | None, where: str) -> None:
     """Raise ConfigError where a model learned a place for each position and has fewer than ``length``: beyond them it
-    would read outside its table. Rotary positions and ALiBi have no such end."""
+    would read outside its table. Rotary positions and ALiBi have no such end. ``where`` says what ``length`` is of."""
     from transformers import AutoConfig
 
     if length is None:
@@ -265,7 +269,7 @@ def check_positions(folder: Path, length: int | None, where: str) -> None:
     endless = endless or config.model_type in ("bloom", "mpt")
     if limit is not None and not endless and length > limit:
         raise ConfigError(
-            f"{where}: max_length: expected at most {limit}, the positions that {type(config).__name__} of {folder} "
+            f"{where}: expected at most {limit}, the positions that {type(config).__name__} of {folder} "
             f"has learned, found {length}"
         )
 

@@ -14,6 +14,9 @@ from fgalign.core.tensor_ops import gae, masked_mean
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
+KL_ERROR = 0.2
+"""Largest relative error of the KL, either way, that the adaptive controller takes in."""
+
 
 class PolicyLoss(NamedTuple):
     """Scalars: the loss, the share of tokens whose ratio was clipped, the approximate KL (k3) to the old policy."""
@@ -136,7 +139,8 @@ class FixedKLController:
 class AdaptiveKLController:
     """A KL coefficient steered so that the KL of a response approaches ``target`` nats (Ziegler et al. 2019).
 
-    After n responses: coefficient *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
+    After n responses: coefficient *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon, which keeps it above 0 while
+    horizon > 0.2 * n.
     """
 
     value: float
@@ -145,5 +149,5 @@ class AdaptiveKLController:
 
     def update(self, kl: float, responses: int) -> None:
         """Take in the mean KL of a response, in nats, over ``responses`` responses."""
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        error = min(max(kl / self.target - 1, -KL_ERROR), KL_ERROR)
         self.value *= 1 + error * responses / self.horizon

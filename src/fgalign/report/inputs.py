@@ -386,8 +386,16 @@ def read_credit(profile: Profile) -> PerSeed:
     """
     path, writer = metrics_path(profile, "credit.csv"), "the stage that measures the credit"
     sums: dict[str, dict[int, dict[str, float]]] = {}
+    seen: set[tuple[str, int, str]] = set()
     for line, row in enumerate(read_rows(path, ("reward", "seed", "id", *CREDIT_COLUMNS), writer), start=2):
         seed = _seed(row["seed"], path, line)
+        key = (row["reward"], seed, row["id"])
+        if key in seen:
+            raise InputError(
+                f"{path}:{line}: reward {key[0]}, seed {seed}, id {key[2]!r} comes twice; run {writer} again, with one "
+                "method a reward"
+            )
+        seen.add(key)
         total = sums.setdefault(row["reward"], {}).setdefault(seed, dict.fromkeys(CREDIT_COLUMNS, 0.0))
         for name in CREDIT_COLUMNS:
             total[name] += number(row[name], path, line, name)

@@ -31,18 +31,19 @@ LEVELS = {"rm_preference": "sequence", "rm_edit": "sequence", "rm_token": "token
 def sequence_rewards(model: Any, rollout: Rollout) -> Tensor:
     """Scores of a sequence-classification model, read at the last real token: (B,)."""
     mask = rollout.attention_mask.long()
-    width, pad = mask.shape[1], model.config.pad_token_id
+    config = model.config.get_text_config()  # a part of the model's where it reads images too; elsewhere all of it
+    width, pad = mask.shape[1], config.pad_token_id
     place = (torch.arange(width, device=mask.device) * mask).argmax(1, keepdim=True)
     # transformers pools at the last token that is not the pad token, so ids outside the mask must be the pad token, and
     # another one must take its part where a policy has sampled it last.
     last = set(rollout.input_ids.gather(1, place).flatten().tolist())
     filler = pad if pad not in last else next(token for token in range(len(last) + 1) if token not in last)
     ids = torch.where(mask.bool(), rollout.input_ids, filler)
-    model.config.pad_token_id = filler
+    config.pad_token_id = filler
     try:
         return model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[:, 0].float()
     finally:
-        model.config.pad_token_id = pad
+        config.pad_token_id = pad
 
 
 def token_rewards(model: Any, rollout: Rollout, discrete: bool = False) -> Tensor:
@@ -69,9 +70,10 @@ def reward_function(model: Any, level: str, discrete: bool = False) -> RewardFun
             f"reward model: expected one output a sequence (num_labels=1), found {model.config.num_labels}; a "
             "classifier's outputs are no score: pass a function of your own that says how to read them"
         )
-    if level == "sequence" and model.config.pad_token_id is None:
+    if level == "sequence" and model.config.get_text_config().pad_token_id is None:
         raise ConfigError(
-            "reward model: expected a pad token in its configuration, found none; set config.pad_token_id"
+            "reward model: expected a pad token in its configuration, found none; set "
+            "config.get_text_config().pad_token_id"
         )
     if discrete and (level == "sequence" or model.config.num_labels == 1):
         found = "one score a response" if level == "sequence" else "one output a token"

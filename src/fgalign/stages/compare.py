@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from fgalign.config import Profile
 from fgalign.core.schema import CurveSample, read_records
-from fgalign.errors import InputError
+from fgalign.errors import ConfigError, InputError
 from fgalign.evaluation.config import EvaluationConfig
 from fgalign.evaluation.judges import Judge
 from fgalign.evaluation.truth import read_truth, split_references
@@ -185,16 +185,28 @@ def run_credit(profile: Profile, methods: Sequence[str]) -> None:
     """credit: how much of the policy-gradient weight falls on truly flawed tokens; ``metrics/credit.csv``.
 
     The weight of a token is the absolute value of its advantage, as PPO used it; it is recorded with the validation
-    answers while a method trains. The truth is the judge's parser, on the answer that the policy wrote.
+    answers while a method trains. The truth is the judge's parser, on the answer that the policy wrote. A row is named
+    by the method's reward model.
+
+    Raises:
+        ConfigError: two methods have the same reward model.
+        InputError: a method has not recorded its advantages.
     """
     from fgalign.core.modeling import load_tokenizer
     from fgalign.core.tokens import token_texts
     from fgalign.sources.simulator.gold import gold_spans
 
+    rewards: dict[str, str] = {}
+    for method in methods:
+        other = rewards.setdefault(profile.params["methods"][method]["needs"], method)
+        if other != method:
+            raise ConfigError(
+                f"{profile.file}: methods.{method}.needs: expected another reward model than that of {other}, by which "
+                "the rows of credit.csv are named; measure the credit of one of the two"
+            )
     tokenizer = load_tokenizer(profile.model_folder("base"))
     rows = []
-    for method in methods:
-        needs = profile.params["methods"][method]["needs"]
+    for needs, method in rewards.items():
         for seed in profile.seeds:
             path = profile.model_folder(method, seed) / "rollouts.jsonl"
             for sample in read_records(path, CurveSample):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fgalign.config import Profile
 from fgalign.core.schema import Reference, Sample, write_records
+from fgalign.errors import ConfigError
 from fgalign.evaluation.config import REWARD_MODELS, EvaluationConfig
 from fgalign.evaluation.truth import split_references
 from fgalign.tracking import track
@@ -49,6 +50,7 @@ class Answerer:
         self.workers = seed_workers(self.runtime, self.device)
         self.tokenizer = load_tokenizer(profile.model_folder("base"))
         self.prompts = [encode_prompt(self.tokenizer, record.prompt) for record in self.references]
+        self._check_positions([])
 
     def answer(self, folder: Path, seed: int, title: str) -> list[Sample]:
         """One answer of the policy in ``folder`` to each prompt, decoded as its ``decoding.json`` says."""
@@ -63,10 +65,16 @@ class Answerer:
         from fgalign.rewards import load_reward, response_scores
 
         profile, config, device, tokenizer = self.profile, self.config, self.device, self.tokenizer
-        # One model at a time (best-of-n: two), so that what trains on a GPU can also be evaluated there.
-        policy = load_causal_lm(folder, device).eval()
         decoding = read_decoding(folder)
         prefix = tokenizer(decoding.prefix, add_special_tokens=False)["input_ids"]
+        self._check_positions(prefix)
+        if decoding.best_of > 1 and not config.temperature:
+            raise ConfigError(
+                f"{profile.file}: evaluation.temperature: expected above 0 for {folder}, which answers with the best "
+                f"of {decoding.best_of} responses, found 0, with which all of them are the same; raise it"
+            )
+        # One model at a time (best-of-n: two), so that what trains on a GPU can also be evaluated there.
+        policy = load_causal_lm(folder, device).eval()
         chooser = None
         if decoding.reward is not None:
             chooser = load_reward(decoding.reward, profile.model_folder(decoding.reward, seed), device)
@@ -137,3 +145,14 @@ class Answerer:
                         )
                     )
         return samples
+
+    def _check_positions(self, prefix: Sequence[int]) -> None:
+        """Raise ConfigError where the longest prompt leaves no room for prefix and response among the positions that
+        the model has learned."""
+        from fgalign.core.modeling import check_positions
+
+        longest = max(map(len, self.prompts), default=0)
+        behind = f", prefix ({len(prefix)})" if prefix else ""
+        parts = f"the longest prompt ({longest} tokens){behind} and response_length {self.config.response_length}"
+        length = longest + len(prefix) + self.config.response_length
+        check_positions(self.profile.model_folder("base"), length, f"{self.profile.file}: evaluation: {parts} together")

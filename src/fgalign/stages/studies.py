@@ -13,18 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fgalign.config import Profile
+from fgalign.config import Profile, Section
 from fgalign.context import Context
 from fgalign.core.modeling import RuntimeConfig, seed_everything, seed_workers, set_up
 from fgalign.core.schema import Edit, read_records, write_records
-from fgalign.errors import InputError
+from fgalign.errors import ConfigError, InputError
 from fgalign.labels import LabelConfig, label_edits, with_tokens_changed
 from fgalign.stages.train import align, method_config, reward_config, train_parts, train_reward_model
 from fgalign.study import Candidate, candidates, edits_file, get_study, reward_candidates, search_section
 from fgalign.tracking import track
 
 LEARNED_FROM_EDITS = ("rm_edit", "rm_token")
-"""Reward models that other edits change."""
+"""Reward models that other edits change, beside those of the section ``token_models``."""
 
 
 def run_study(profile: Profile, name: str) -> None:
@@ -37,8 +37,15 @@ def run_study(profile: Profile, name: str) -> None:
         ConfigError: a variant that cannot be trained; none is.
     """
     study = get_study(profile, name)
-    for variant in study.variants.values():
-        method_config(profile, variant.method or study.method, variant.change)
+    configs = {}
+    for key, variant in study.variants.items():
+        method = variant.method or study.method
+        _, configs[key] = method_config(profile, method, variant.change)
+        if variant.annotator and profile.params["methods"][method]["kind"] == "best_of_n":
+            raise ConfigError(
+                f"{profile.file}: studies.{name}.variants.{key}.annotator: expected none with a method of kind "
+                "best_of_n, which chooses answers by the pipeline's reward model whatever the edits; drop the variant"
+            )
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
 
@@ -63,7 +70,7 @@ def run_study(profile: Profile, name: str) -> None:
             made_from = set()
             if variant.annotator:
                 made_from.add(edits_file(profile, name, key))
-                _learn_from(read_records(edits_file(profile, name, key), Edit), context, method)
+                _learn_from(read_records(edits_file(profile, name, key), Edit), context, configs[key])
             align(context, method, variant.change)
         return made_from | {path for path in context.inputs if overlay not in path.parents}
 
@@ -127,16 +134,18 @@ def _search(
     train_parts(profile, name, items, profile.data / name, one, seed_workers(runtime, device), device)
 
 
-def _learn_from(edits: list[Edit], context: Context, method: str) -> None:
-    """Put labels of these edits, and a reward model trained on them, over those of the pipeline."""
+def _learn_from(edits: list[Edit], context: Context, config: Section) -> None:
+    """Put labels of these edits, and the reward models that the method reads trained on them, over those of the
+    pipeline."""
     profile, overlay = context.profile, context.overlay
     assert overlay is not None
     edits = with_tokens_changed(context.tokenizer, edits, context.stage)
     pairs = label_edits(context.tokenizer, edits, profile.section("labels", LabelConfig))
     write_records(overlay / "labels" / "train.jsonl", pairs)
     write_records(overlay / "edits" / "train.jsonl", edits)
-    needed = profile.params["methods"][method].get("needs")
-    if needed in LEARNED_FROM_EDITS:
-        out = overlay / "models" / needed
-        out.mkdir(parents=True)
-        train_reward_model(replace(context, stage=f"{context.stage}/{needed}", out=out), needed)
+    changed = {*LEARNED_FROM_EDITS, *(profile.params.get("token_models") or {})}
+    for name in dict.fromkeys(getattr(config, field, None) for field in ("needs", "scorer")):
+        if name in changed:
+            out = overlay / "models" / name
+            out.mkdir(parents=True)
+            train_reward_model(replace(context, stage=f"{context.stage}/{name}", out=out), name)

@@ -41,7 +41,8 @@ def train_seeds(profile: Profile, stage: str, config: Section, train: Callable[[
     together, one after the other."""
     runtime = profile.section("runtime", RuntimeConfig)
     device = set_up(runtime)
-    check_positions(profile.model_folder("base"), getattr(config, "max_length", None), f"{profile.file}: {stage}")
+    length, where = getattr(config, "max_length", None), f"{profile.file}: {stage}: max_length"
+    check_positions(profile.model_folder("base"), length, where)
 
     def one(seed: int, out: Path) -> set[Path]:
         seed_everything(seed)
