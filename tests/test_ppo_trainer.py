@@ -1019,6 +1019,24 @@ def test_a_model_with_a_state_is_refused(make_trainer, make_model):
         make_trainer(model=model)
 
 
+def test_learned_positions_end(make_trainer, make_model, make_gpt2):
+    # The longest prompt has 4 tokens, a response up to 6.
+    make_trainer(model=make_gpt2(n_positions=10), ref_model=make_gpt2(n_positions=10), updates=1).train()
+    message = (
+        "train_dataset: expected at most 9 tokens of prompt and response, the positions that {} has learned, found 10, "
+        "6 of them response_length; shorten either"
+    )
+    short = make_gpt2(n_positions=9)
+    for models, name in (
+        ({"model": short}, "model"),
+        ({"ref_model": short}, "ref_model"),
+        ({"critic": make_gpt2("token", n_positions=9, num_labels=1), "value_model": "separate"}, "value_model"),
+    ):
+        with pytest.raises(ConfigError, match=message.format(name)):
+            make_trainer(**models)
+    make_trainer(model=make_model(max_position_embeddings=9))  # rotary positions have no end
+
+
 def test_values_are_not_rounded_to_bf16(make_trainer):
     model = make_trainer().model
     torch.nn.init.normal_(model.value_head.weight)

@@ -51,6 +51,7 @@ from fgalign.core.modeling import (
     freeze_in_bf16,
     full_state,
     is_sharded,
+    learned_positions,
     leave_out_cudnn_attention,
     project_at_once,
     save_model,
@@ -470,6 +471,14 @@ class FineGrainedPPOTrainer:
                 f"train_dataset: {len(train_dataset)} prompts, fewer than rollout_batch_size "
                 f"{args.rollout_batch_size}{groups}"
             )
+        longest = max(map(len, train_dataset)) + args.response_length
+        for name, each in (("model", model), ("ref_model", ref_model), ("value_model", value_model)):
+            limit = None if each is None else learned_positions(each.config)
+            if limit is not None and longest > limit:
+                raise ConfigError(
+                    f"train_dataset: expected at most {limit} tokens of prompt and response, the positions that {name} "
+                    f"has learned, found {longest}, {args.response_length} of them response_length; shorten either"
+                )
         if peft_config is not None:
             from peft import get_peft_model
 
