@@ -900,6 +900,7 @@ def test_models_that_would_not_learn_are_refused(make_trainer, make_model):
         (lambda r: torch.full(r.truncated.shape, math.nan), "reward: expected finite numbers, found NaN or infinity"),
         (lambda r: torch.full(r.response_mask.shape, math.inf), "reward: expected finite numbers, found NaN"),
         (lambda r: share(r)[:3], r"reward: expected shape \(8,\) .* or \(8, \d\) .*, found \(3,\)"),
+        (lambda r: share(r).tolist(), r"reward: expected a tensor, found list; return torch\.tensor\(\.\.\.\)"),
         (lambda r: share(r)[:, None, None], r"reward: expected shape .*, found \(8, 1, 1\)"),
         (lambda r: torch.full(r.truncated.shape, 0.25), r"reward_scale: the reward is the same \(0\.25\) for all 12"),
         # Too large for float32 to average without rounding.

@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "results" / "INDEX.md"]
 PAGES += sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("README.md")])
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 SNIPPETS = [code for language, code in BLOCKS if language == "python"]
+RECORDS = [code for language, code in BLOCKS if language == "json"]
 
 
 def readme_commands() -> list[str]:
@@ -156,6 +157,8 @@ def test_snippets_run_as_they_stand(tmp_path, monkeypatch, capsys, tokenizer, ma
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=128)
     save_model(model, tokenizer, tmp_path / "data/mini/models/sft/seed-1")
     monkeypatch.chdir(tmp_path)
+    (lines,) = RECORDS
+    Path("edits.jsonl").write_text(lines, encoding="utf-8")
     assert len(SNIPPETS) == 3
     namespace: dict = {}
     for snippet in SNIPPETS:

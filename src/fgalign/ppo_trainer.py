@@ -797,7 +797,10 @@ class FineGrainedPPOTrainer:
 
     def _score(self, rollout: Rollout) -> Tensor:
         with self._autocast():
-            rewards = self.reward(rollout).to(self.device).float()
+            rewards = self.reward(rollout)
+        if not isinstance(rewards, Tensor):
+            raise TrainingError(f"reward: expected a tensor, found {type(rewards).__name__}; return torch.tensor(...)")
+        rewards = rewards.to(self.device).float()
         if rewards.shape not in (rollout.truncated.shape, rollout.response_mask.shape):
             raise TrainingError(
                 f"reward: expected shape {tuple(rollout.truncated.shape)} (one score a response) or "
