@@ -2,7 +2,8 @@
 
     python reproduce/check.py [--profile NAME] [--table NAME]... [--against REF] [--stage]
 
-Rebuild first (`make reproduce`, or `dvc repro STAGE`); `make check TABLE=figa_main` does both.
+Rebuild first (`make reproduce`, or `dvc repro STAGE`); `make check TABLE=figa_main` does both. A table that was not
+rebuilt here is the committed file itself: the report says so, and the exit status is 2.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from fgalign.report.check import (
     committed_tables,
     format_report,
     left_out,
+    not_rebuilt,
     passes,
     table_stage,
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the comparison; 0: every cell is exact or within its interval, 1: some differ, 2: cannot compare."""
+    """Print the comparison; 0: every cell is exact or within its interval, 1: some differ, 2: cannot compare, or some
+    table was not rebuilt here."""
     parser = argparse.ArgumentParser(description="Compare rebuilt tables with the committed ones, cell by cell.")
     parser.add_argument("--profile", help="profile to check (default: the selected one, else mini)")
     parser.add_argument(
@@ -43,16 +46,17 @@ def main(arguments: list[str] | None = None) -> int:
             print(*(table_stage(profile, name) for name in names))
             return 0
         rows = check_tables(profile, names, options.against)
+        same = not_rebuilt(profile, names, options.against)
     except FgalignError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(format_report(rows, names))
+    print(format_report(rows, names, same))
     others = [] if options.table else left_out(profile, options.against)
     if others:
         print(f"Not looked at, as another pipeline builds them: {', '.join(others)}; --table NAME checks one.")
     if not passes(rows) and (note := base_model_note(profile, options.against)):
         print(note)
-    return 0 if passes(rows) else 1
+    return 1 if not passes(rows) else 2 if same else 0
 
 
 if __name__ == "__main__":

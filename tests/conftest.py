@@ -85,7 +85,7 @@ def read_once() -> Callable[..., Any]:
 @pytest.fixture
 def stages_read_once(read_once: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """``table_stage`` reads the stages, which takes DVC seconds, once for all tables."""
-    monkeypatch.setattr("fgalign.report.index.read_stages", read_once)
+    monkeypatch.setattr("fgalign.report.check.read_stages", read_once)
 
 
 @pytest.fixture(scope="session")

@@ -101,13 +101,20 @@ def repository(tmp_path):
 
 
 @pytest.fixture
-def check(repository, monkeypatch):
-    """The script's main, run inside the repository."""
+def script(repository, monkeypatch):
+    """The script as a module, inside the repository."""
     monkeypatch.chdir(repository.parents[3])
     spec = importlib.util.spec_from_file_location("check_script", ROOT / "reproduce" / "check.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+@pytest.fixture
+def check(script, monkeypatch):
+    """The script's main, with every table taken as rebuilt: there is no pipeline."""
+    monkeypatch.setattr(script, "not_rebuilt", lambda *_: [])
+    return script.main
 
 
 def test_script_compares_with_the_commit(repository, check, capsys):
@@ -147,6 +154,45 @@ def test_tables_of_the_second_pipeline_are_checked_only_by_name(repository, chec
     assert "OK: 1 cells of figa_main: 1 exact" in out
     assert out.endswith("Not looked at, as another pipeline builds them: search; --table NAME checks one.\n")
     assert check(["--table", "search"]) == 1
+
+
+PIPELINE = """
+stages:
+  raw:
+    cmd: echo 1 > data/mini/raw
+    outs: [data/mini/raw]
+  figa_main:
+    cmd: cp rebuilt.csv results/mini/tables/figa_main.csv
+    deps: [data/mini/raw]
+    outs: [results/mini/tables/figa_main.csv: {cache: false}]
+"""
+
+
+def test_a_table_that_was_not_rebuilt_is_said(repository, script, capsys):
+    from dvc.repo import Repo
+
+    root = repository.parents[3]
+    (root / "rebuilt.csv").write_text(cells_to_csv([OLD]))
+    (root / "dvc.yaml").write_text(PIPELINE)
+    (root / "data" / "mini").mkdir(parents=True)
+    with Repo.init(str(root)) as repo:
+        assert script.main([]) == 2  # nothing has run
+        repo.reproduce()
+    capsys.readouterr()
+    assert script.main([]) == 0
+    assert capsys.readouterr().out.endswith("OK: 1 cells of figa_main: 1 exact, 0 within, 0 differs\n")
+    (root / "data" / "mini" / "raw").unlink()  # as in a clone
+    assert script.main(["--table", "figa_main"]) == 2
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "figa_main: not rebuilt here: the committed file was compared with itself",
+        "NOT REBUILT: 1 cells of figa_main: 1 exact, 0 within, 0 differs; "
+        "1 of them compared with themselves: `make check` rebuilds first",
+    ]
+    repository.write_text(cells_to_csv([changed(mean=52.0)]))  # another file than the committed one
+    assert script.main([]) == 0
+    repository.write_text(cells_to_csv([changed(mean=60.0)]))
+    assert script.main([]) == 1
+    assert "not rebuilt" not in capsys.readouterr().out
 
 
 def lock(base):

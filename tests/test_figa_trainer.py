@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import tensor
 
-from fgalign.core.schema import Edit
+from fgalign.core.schema import Edit, LabelledPair
 from fgalign.core.tensor_ops import token_logps
 from fgalign.errors import ConfigError, TrainingError
 from fgalign.labels import LabelConfig, label_edits
@@ -66,6 +66,11 @@ def parameters(model):
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
+def loss_after(trainer):
+    """The loss of one step."""
+    return trainer.train().training_loss
+
+
 # --- collator ---------------------------------------------------------------------------------------------------------
 
 
@@ -92,6 +97,24 @@ def test_collator():
         [0.0, -0.5, 0.0, 0.0],
         [0.0, -0.5, 0.0, 0.0],
     ]
+
+
+def test_pairs_may_be_records(make_trainer, pairs):
+    records = [LabelledPair(**pair) for pair in pairs]
+    assert loss_after(make_trainer(data=records)) == loss_after(make_trainer(data=pairs))
+    both = TokenRewardCollator(0)
+    assert all(torch.equal(value, both(pairs)[name]) for name, value in both(records).items())
+    with pytest.raises(ConfigError, match="revised_ids: expected responses that end with the end-of-sequence token"):
+        endless = {"revised_ids": [5], "revised_labels": [1]}
+        make_trainer(data=[record.model_copy(update=endless) for record in records])
+
+
+def test_what_is_no_pair_is_refused(make_trainer):
+    edits = [Edit(id="1", prompt="p", initial="i", revised="r")]
+    with pytest.raises(TrainingError, match=r"expected labelled pairs, found Edit; `labels\.label_edits` makes"):
+        make_trainer(data=edits)
+    with pytest.raises(TrainingError, match="train_dataset: expected labelled pairs, found Edit"):
+        TokenRewardCollator(0)(edits)
 
 
 def test_pair_longer_than_allowed(make_trainer, pairs):

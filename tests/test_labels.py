@@ -7,7 +7,7 @@ import random
 import pytest
 
 from fgalign.core.schema import Edit, LabelledPair
-from fgalign.errors import InputError
+from fgalign.errors import InputError, RecordError
 from fgalign.labels import (
     EditLabels,
     LabelConfig,
@@ -179,6 +179,15 @@ def test_texts_to_pairs(tokenizer):
             if token
         )  # fmt: skip
         assert any(getattr(pair, f"{side}_labels"))
+
+
+def test_edits_may_be_dicts(tokenizer):
+    edit = {"id": "e", "prompt": "where?", "initial": "the cat sat", "revised": "the dog sat"}
+    assert label_edits(tokenizer, [edit], LabelConfig()) == label_edits(tokenizer, [Edit(**edit)], LabelConfig())
+    with pytest.raises(RecordError, match=r"edits\[1\]: field `prompt` of a Edit record: Field required; expected the"):
+        label_edits(tokenizer, [Edit(**edit), {"id": "f"}], LabelConfig())
+    with pytest.raises(RecordError, match=r"edits\[0\]: field `record` of a Edit record: .*, found 'the cat sat'"):
+        label_edits(tokenizer, ["the cat sat"], LabelConfig())
 
 
 def test_different_texts_with_the_same_tokens(tokenizer, capsys):

@@ -907,6 +907,7 @@ def test_models_that_would_not_learn_are_refused(make_trainer, make_model):
         (lambda r: torch.full(r.truncated.shape, math.nan), "reward: expected finite numbers, found NaN or infinity"),
         (lambda r: torch.full(r.response_mask.shape, math.inf), "reward: expected finite numbers, found NaN"),
         (lambda r: share(r)[:3], r"reward: expected shape \(8,\) .* or \(8, \d\) .*, found \(3,\)"),
+        (lambda r: share(r).tolist(), r"reward: expected a tensor, found list; return torch\.tensor\(\.\.\.\)"),
         (lambda r: share(r)[:, None, None], r"reward: expected shape .*, found \(8, 1, 1\)"),
         (lambda r: torch.full(r.truncated.shape, 0.25), r"reward_scale: the reward is the same \(0\.25\) for all 12"),
         # Too large for float32 to average without rounding.
@@ -1049,6 +1050,24 @@ def test_a_model_with_a_state_is_refused(make_trainer, make_model):
     model._is_stateful = True
     with pytest.raises(ConfigError, match="model: expected a model with a key-value cache, found LlamaForCausalLM"):
         make_trainer(model=model)
+
+
+def test_learned_positions_end(make_trainer, make_model, make_gpt2):
+    # The longest prompt has 4 tokens, a response up to 6.
+    make_trainer(model=make_gpt2(n_positions=10), ref_model=make_gpt2(n_positions=10), updates=1).train()
+    message = (
+        "train_dataset: expected at most 9 tokens of prompt and response, the positions that {} has learned, found 10, "
+        "6 of them response_length; shorten either"
+    )
+    short = make_gpt2(n_positions=9)
+    for models, name in (
+        ({"model": short}, "model"),
+        ({"ref_model": short}, "ref_model"),
+        ({"critic": make_gpt2("token", n_positions=9, num_labels=1), "value_model": "separate"}, "value_model"),
+    ):
+        with pytest.raises(ConfigError, match=message.format(name)):
+            make_trainer(**models)
+    make_trainer(model=make_model(max_position_embeddings=9))  # rotary positions have no end
 
 
 def test_values_are_not_rounded_to_bf16(make_trainer):

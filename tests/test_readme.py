@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "results" / "INDEX.md"]
 PAGES += sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("README.md")])
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 SNIPPETS = [code for language, code in BLOCKS if language == "python"]
+RECORDS = [code for language, code in BLOCKS if language == "json"]
 
 
 def readme_commands() -> list[str]:
@@ -69,7 +70,7 @@ def run(command: str, folder: Path) -> str:
     env = {**os.environ, "PATH": path, "FGALIGN_TRACKING": "off"}
     # A make that runs the tests must not hand its flags to the makes tested here.
     env = {name: value for name, value in env.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    result = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
     return result.stdout
 
@@ -98,8 +99,13 @@ def test_every_command_of_the_readme_works_or_resolves(command, clone, stages, s
         assert words[0] in ("setup", "test", "ui") or resolved or "fgalign plan --profile paper" in lines
         for script in re.findall(r"^python (\S+\.py)", "\n".join(lines), re.MULTILINE):
             assert (clone / script).exists()
-    elif command == "dvc status":
-        run(command, clone)
+    elif command.startswith("dvc status"):
+        found = re.findall(r"^(\S+):$", run(command, clone), re.MULTILINE)
+        assert found and not [address for address in found if ":" in address]  # of the default pipeline alone
+    elif re.match(r"python reproduce/(table_|claims)", command):  # quick, and from what is in git alone
+        printed = run(command, clone)
+        changes = subprocess.run(["git", "status", "--short"], cwd=clone, capture_output=True, text=True, check=True)
+        assert printed.count("\n") > 10 and not changes.stdout
     elif program in ("python", "fgalign"):
         assert "usage" in run(f"{command} --help", clone).lower()
     elif command == ". .venv/bin/activate":
@@ -130,8 +136,18 @@ def test_every_relative_link_leads_somewhere(page):
 def test_tables_of_the_readme_are_those_of_the_report():
     from fgalign.report.tables import TABLES
 
-    sections = [part.split("\n\n")[0] for part in README.split("| table | shows |")[1:]]
+    sections = [part.split("\n\n")[0] for part in re.split(r"\| table \|.* shows \|", README)[1:]]
     assert set(re.findall(r"^\| `(\w+)`", "\n".join(sections), re.MULTILINE)) == set(TABLES)
+
+
+def test_stages_beside_the_tables_are_theirs(stages_read_once):
+    from fgalign.config import load_profile
+    from fgalign.report.check import table_stage
+
+    (section,) = [part.split("\n\n")[0] for part in README.split("| table | stage | shows |")[1:]]
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE)
+    profile = load_profile("mini", ROOT)
+    assert rows == [(table, table_stage(profile, table)) for table, _ in rows] and len(rows) == section.count("\n") - 1
 
 
 def test_snippets_run_as_they_stand(tmp_path, monkeypatch, capsys, tokenizer, make_model):
@@ -141,6 +157,8 @@ def test_snippets_run_as_they_stand(tmp_path, monkeypatch, capsys, tokenizer, ma
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=128)
     save_model(model, tokenizer, tmp_path / "data/mini/models/sft/seed-1")
     monkeypatch.chdir(tmp_path)
+    (lines,) = RECORDS
+    Path("edits.jsonl").write_text(lines, encoding="utf-8")
     assert len(SNIPPETS) == 3
     namespace: dict = {}
     for snippet in SNIPPETS:

@@ -11,13 +11,13 @@ plain implementation of that sentence.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
 from fgalign.config import Section
-from fgalign.core.schema import BAD, GOOD, NEUTRAL, Edit, LabelledPair
+from fgalign.core.schema import BAD, GOOD, NEUTRAL, Edit, LabelledPair, parse_record
 from fgalign.core.tokens import encode_prompt, encode_response, token_texts
 from fgalign.errors import InputError
 
@@ -123,15 +123,17 @@ def with_tokens_changed(tokenizer: Any, edits: Sequence[Edit], where: str = "edi
     return kept
 
 
-def label_edits(tokenizer: Any, edits: list[Edit], config: LabelConfig) -> list[LabelledPair]:
-    """Edits as labelled pairs of token ids.
+def label_edits(tokenizer: Any, edits: Iterable[Edit | Mapping[str, str]], config: LabelConfig) -> list[LabelledPair]:
+    """Edits, or dicts with the fields of one, as labelled pairs of token ids.
 
     Raises:
+        RecordError: something among them is no edit.
         InputError: two different texts have the same tokens, so that nothing is left to label
             (``with_tokens_changed`` leaves such edits out).
     """
     pairs = []
-    for edit in edits:
+    for number, edit in enumerate(edits):
+        edit = parse_record(Edit, edit, f"edits[{number}]")
         initial, revised = encode_response(tokenizer, edit.initial), encode_response(tokenizer, edit.revised)
         if initial == revised:
             raise InputError(f"edit {edit.id!r}: initial and revised are different texts but the same tokens")

@@ -52,6 +52,7 @@ from fgalign.core.modeling import (
     freeze_in_bf16,
     full_state,
     is_sharded,
+    learned_positions,
     leave_out_cudnn_attention,
     project_at_once,
     save_model,
@@ -485,6 +486,14 @@ class FineGrainedPPOTrainer:
                     f"{name}: expected at least 2 prompts with reward_scale reference_std, found {count}: one response "
                     "has no standard deviation; give more, or set reward_scale to none"
                 )
+        longest = max(map(len, train_dataset)) + args.response_length
+        for name, each in (("model", model), ("ref_model", ref_model), ("value_model", value_model)):
+            limit = None if each is None else learned_positions(each.config)
+            if limit is not None and longest > limit:
+                raise ConfigError(
+                    f"train_dataset: expected at most {limit} tokens of prompt and response, the positions that {name} "
+                    f"has learned, found {longest}, {args.response_length} of them response_length; shorten either"
+                )
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -803,7 +812,10 @@ class FineGrainedPPOTrainer:
 
     def _score(self, rollout: Rollout) -> Tensor:
         with self._autocast():
-            rewards = self.reward(rollout).to(self.device).float()
+            rewards = self.reward(rollout)
+        if not isinstance(rewards, Tensor):
+            raise TrainingError(f"reward: expected a tensor, found {type(rewards).__name__}; return torch.tensor(...)")
+        rewards = rewards.to(self.device).float()
         if rewards.shape not in (rollout.truncated.shape, rollout.response_mask.shape):
             raise TrainingError(
                 f"reward: expected shape {tuple(rollout.truncated.shape)} (one score a response) or "

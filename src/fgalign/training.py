@@ -132,6 +132,22 @@ def _uses_fsdp() -> bool:
 _LABELS = {"revised": {NEUTRAL, GOOD}, "initial": {BAD, NEUTRAL}}
 
 
+def pair_row(example: Any) -> Mapping[str, Any]:
+    """An example of a data set by column: a ``LabelledPair`` as its fields, a mapping as it is.
+
+    Raises:
+        TrainingError: it is neither.
+    """
+    if isinstance(example, LabelledPair):
+        return example.model_dump()
+    if not isinstance(example, Mapping):
+        raise TrainingError(
+            f"train_dataset: expected labelled pairs, found {type(example).__name__}; `labels.label_edits` makes "
+            "labelled pairs of edits"
+        )
+    return example
+
+
 def check_pair(example: Mapping[str, Any], scaled: bool = False) -> None:
     """Raise TrainingError unless an example of a data set has what ``schema.LabelledPair`` says: a prompt, and for each
     token of a response a label of its side; with ``scaled`` a finite number too (``revised_scales``,

@@ -264,14 +264,20 @@ def check_positions(folder: Path, length: int | None, where: str) -> None:
     if length is None:
         return
     config = AutoConfig.from_pretrained(_existing(folder))
-    limit = getattr(config, "max_position_embeddings", None)
-    endless = any(hasattr(config, name) for name in ("rope_parameters", "rope_theta", "rotary_pct", "alibi"))
-    endless = endless or config.model_type in ("bloom", "mpt")
-    if limit is not None and not endless and length > limit:
+    limit = learned_positions(config)
+    if limit is not None and length > limit:
         raise ConfigError(
             f"{where}: expected at most {limit}, the positions that {type(config).__name__} of {folder} "
             f"has learned, found {length}"
         )
+
+
+def learned_positions(config: Any) -> int | None:
+    """How many positions a model with this configuration has learned; None where they have no end."""
+    config = config.get_text_config()
+    endless = any(hasattr(config, name) for name in ("rope_parameters", "rope_theta", "rotary_pct", "alibi"))
+    endless = endless or config.model_type in ("bloom", "mpt")
+    return None if endless else getattr(config, "max_position_embeddings", None)
 
 
 def load_whole() -> None:

@@ -49,6 +49,7 @@ from fgalign.training import (
     check_pair,
     fitting,
     measured_pairs,
+    pair_row,
     peft_config,
     save_trained,
     train,
@@ -87,9 +88,10 @@ class FIGACollator:
     beta: float
     gamma: float
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
         """Collate; a pair longer than ``max_length``, or one that ``training.check_pair`` refuses, is a
         TrainingError."""
+        examples = [pair_row(example) for example in examples]
         ids, labels, is_revised, scales = [], [], [], []
         scaled = any(f"{side}_scales" in example for example in examples for side in ("revised", "initial"))
         for example in examples:
@@ -130,7 +132,8 @@ class FIGACollator:
 
 
 class FIGATrainer(Trainer):
-    """Trains a causal LM with the FIGA loss; data set columns are those of ``schema.LabelledPair``.
+    """Trains a causal LM with the FIGA loss; data set columns are those of ``schema.LabelledPair``, and a list of such
+    pairs is a data set too.
 
     The loss is divided by the number of weighted tokens of the whole optimiser step: with gradient accumulation a pass
     without gradients counts them first, so that 1 x 8 pairs and 8 x 1 pairs take the same step (the released code
@@ -155,7 +158,8 @@ class FIGATrainer(Trainer):
             raise ConfigError(f"threshold_reading: expected 'nll' or 'probability', found {args.threshold_reading!r}")
         if processing_class.pad_token_id is None:
             raise ConfigError("tokenizer: expected one with a padding token, found none; set `tokenizer.pad_token`")
-        ends = (row["revised_ids"][-1:] for row in islice(train_dataset or (), 1000) if "revised_ids" in row)
+        rows = map(pair_row, islice(train_dataset or (), 1000))
+        ends = (row["revised_ids"][-1:] for row in rows if "revised_ids" in row)
         if (found := list(ends)) and [processing_class.eos_token_id] not in map(list, found):
             raise ConfigError(
                 f"train_dataset: revised_ids: expected responses that end with the end-of-sequence token "

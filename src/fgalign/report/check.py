@@ -23,7 +23,7 @@ from fgalign.config import Profile
 from fgalign.errors import InputError
 from fgalign.report.cells import Cell, cells_from_csv, cells_to_csv, read_table
 from fgalign.report.claims import claim_cells, claims_from_csv, claims_path, read_claims
-from fgalign.report.index import BASE, read_stages
+from fgalign.report.index import BASE, ancestors, changed_stages, read_stages
 from fgalign.report.tables import SWEEPS, TABLES, table_paths, table_spec
 
 Verdict = Literal["exact", "within", "no interval", "moved", "differs", "only committed", "only rebuilt", "other seeds"]
@@ -88,6 +88,31 @@ def check_tables(profile: Profile, names: Iterable[str], against: str = "HEAD") 
             rebuilt = read_table(path)
         rows += compare_cells(name, committed, rebuilt)
     return rows
+
+
+def not_rebuilt(profile: Profile, names: Iterable[str], against: str = "HEAD") -> list[str]:
+    """Names of the tables that are, to the byte, those of the commit ``against`` and whose stage, or one before it, DVC
+    would run: what stands there is the committed file, which agrees with itself whatever the code does.
+
+    Raises:
+        InputError: DVC cannot say what it would run, or ``against`` is no commit or holds no such table.
+    """
+    paths = {name: _csv_path(profile, name) for name in names}
+    same = [
+        name
+        for name, path in paths.items()
+        if path.read_text(encoding="utf-8") == committed_text(profile.root, path, against)
+    ]
+    if not same:
+        return []
+    stages = read_stages(profile.root)
+    chains = {}
+    for name in same:
+        writers = [stage for stage in stages if paths[name].relative_to(profile.root).as_posix() in stage.outs]
+        chains[name] = [*writers, *ancestors(writers, stages)]
+    changed = changed_stages(profile.root, (stage for chain in chains.values() for stage in chain))
+    # A table that no stage builds any more was not rebuilt either.
+    return [name for name in same if not chains[name] or any(stage.address in changed for stage in chains[name])]
 
 
 def committed_tables(profile: Profile, against: str = "HEAD") -> list[str]:
@@ -157,8 +182,8 @@ def _base_hash(lock: str) -> str | None:
     return stage and stage["outs"][0]["md5"]
 
 
-def format_report(rows: list[Comparison], names: Iterable[str]) -> str:
-    """The comparison as plain text: one line a cell, then the counts."""
+def format_report(rows: list[Comparison], names: Iterable[str], same: Iterable[str] = ()) -> str:
+    """The comparison as plain text: one line a cell, the tables that were not rebuilt (``same``), the counts."""
     table = [("table", "row", "metric", "committed", "rebuilt", "tolerance", "verdict")]
     for row in rows:
         sides = [f"{cell.mean:.4f}" if cell else "-" for cell in (row.committed, row.rebuilt)]
@@ -176,8 +201,14 @@ def format_report(rows: list[Comparison], names: Iterable[str]) -> str:
     others = "".join(
         f", {counts[verdict]} {verdict}" for verdict in counts if verdict not in ("exact", "within", "differs")
     )
-    verdict = "OK" if passes(rows) else "DIFFERENT"
-    return "\n".join([*lines, "", f"{verdict}: {len(rows)} cells of {' '.join(names)}: {tally}{others}"])
+    same = list(same)
+    notes = [f"{name}: not rebuilt here: the committed file was compared with itself" for name in same]
+    verdict = "DIFFERENT" if not passes(rows) else "NOT REBUILT" if same else "OK"
+    summary = f"{verdict}: {len(rows)} cells of {' '.join(names)}: {tally}{others}"
+    if same:
+        itself = sum(row.table in same for row in rows)
+        summary += f"; {itself} of them compared with themselves: `make check` rebuilds first"
+    return "\n".join([*lines, "", *notes, summary])
 
 
 def passes(rows: list[Comparison]) -> bool:

@@ -68,6 +68,25 @@ def read_stages(root: Path) -> list[Stage]:
         raise InputError(f"{root / 'dvc.yaml'}: {error}") from error
 
 
+def changed_stages(root: Path, stages: Iterable[Stage]) -> set[str]:
+    """Addresses of those of the stages that DVC would run: something they read or write is not as ``dvc.lock`` has it.
+
+    Raises:
+        InputError: DVC cannot read the pipeline, or another DVC is at work in the repository (its message is given).
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo, lock_repo
+
+    wanted = {stage.address for stage in stages}
+    files = sorted({address.rpartition(":")[0] or "dvc.yaml" for address in wanted})
+    try:
+        with Repo(str(root)) as repo, lock_repo(repo):
+            found = [stage for file in files for stage in repo.stage.load_all(str(root / file))]
+            return {address for stage in found if (address := _address(stage, root)) in wanted and stage.status()}
+    except DvcException as error:
+        raise InputError(f"{root / 'dvc.yaml'}: {error}") from error
+
+
 def row_source(profile: Profile, stages: list[Stage], table: str, row: str, seeds: Iterable[int]) -> Source:
     """Stages, metrics files, runs and commit behind a row of a table.
 
@@ -100,7 +119,7 @@ def _source(
         writers = [stage for stage in stages if any(_inside(file, out) for out in stage.outs)]
         if not writers:
             raise InputError(f"{profile.root / 'dvc.yaml'}: no stage writes {file}, which {reader} reads")
-        earlier = [stage for stage in _ancestors(writers, stages) if any(_belongs(stage, part) for part in parts)]
+        earlier = [stage for stage in ancestors(writers, stages) if any(_belongs(stage, part) for part in parts)]
         found += [*writers, *earlier]
         name = row or Path(file).stem
         runs += [run for stage in (*writers, *earlier) for run in run_names(profile, stage, name, seeds)]
@@ -258,7 +277,7 @@ def _belongs(stage: Stage, method: str) -> bool:
     return bool(pattern.search(stage.address) or any(pattern.search(out) for out in stage.outs))
 
 
-def _ancestors(start: list[Stage], stages: list[Stage]) -> list[Stage]:
+def ancestors(start: list[Stage], stages: list[Stage]) -> list[Stage]:
     """The stages before ``start``, in the order in which a reader follows them back."""
     before = _before(tuple(stages))
     queue, found = list(start), []
@@ -324,10 +343,13 @@ def _stage(stage: Any, root: Path) -> Stage:
         else:
             deps.append(path)
     outs = tuple(_relative(Path(out.fs_path), root) for out in stage.outs)
+    return Stage(_address(stage, root), tuple(deps), outs, tuple(params))
+
+
+def _address(stage: Any, root: Path) -> str:
     # DVC's own address depends on the folder one stands in; ours is the one to give at the root.
     file = _relative(Path(stage.path), root)
-    address = stage.name if file == "dvc.yaml" else f"{file}:{stage.name}"
-    return Stage(address, tuple(deps), outs, tuple(params))
+    return stage.name if file == "dvc.yaml" else f"{file}:{stage.name}"
 
 
 def _relative(path: Path, root: Path) -> str:

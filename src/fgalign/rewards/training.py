@@ -24,6 +24,7 @@ from fgalign.training import (
     check_pair,
     fitting,
     measured_pairs,
+    pair_row,
     peft_config,
     save_trained,
     train,
@@ -90,8 +91,9 @@ class TokenRewardCollator:
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
         """Collate: revised responses first, then initial ones."""
+        examples = [pair_row(example) for example in examples]
         ids, labels = [], []
         for example in examples:
             check_pair(example)
@@ -107,9 +109,9 @@ class TokenRewardCollator:
 
 
 class TokenRewardTrainer(Trainer):
-    """Trains a token-classification model on labelled pairs (columns of ``LabelledPair``). It must have as many outputs
-    as ``token_loss_name`` needs (``losses.token_reward.OUTPUTS``); ``class_weights`` (3,): bad, neutral, good. Without
-    a ``data_collator`` it takes ``TokenRewardCollator``.
+    """Trains a token-classification model on labelled pairs, a list of them or the columns of one. It must have as many
+    outputs as ``token_loss_name`` needs (``losses.token_reward.OUTPUTS``); ``class_weights`` (3,): bad,
+    neutral, good. Without a ``data_collator`` it takes ``TokenRewardCollator``.
 
     Raises:
         ConfigError: another number of outputs, or weights that are not float32; ``TrainingError``: a pair that
