@@ -18,6 +18,7 @@ from preloaded import preloaded
 from fgalign.errors import InputError
 from fgalign.methods import METHODS
 from fgalign.parallel import can_fork
+from fgalign.sources import SOURCES
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
@@ -63,7 +64,7 @@ STAGE_FUNCTIONS = {
     "overoptimisation": ("compare", "run_overoptimisation"),
 }
 # Methods that the studies vary.
-STUDIED = ("fgalign.methods.figa", "fgalign.methods.ppo")
+STUDIED = {kind: METHODS[kind] for kind in ("figa", "ppo")}
 TRAINING = ("base", "sft", "rm_preference", "rm_edit", "rm_token", "token_model", "align", "study", "judge_model")
 
 
@@ -117,10 +118,12 @@ def body(stage: str) -> dict:
 
 
 def undeclared(stage: str, entry: dict, module: str, function: str) -> list[str]:
-    """Files that a stage's function can import and its deps do not name; of methods those that the stage can run."""
+    """Files that a stage's function can import and its deps do not name; of methods and sources those that it can
+    run."""
     needed = code_of(f"fgalign.stages.{module}", function)
-    for method in {"align": METHODS.values(), "search": METHODS.values(), "study": STUDIED}.get(stage, ()):
-        needed |= {str(module_file(item).relative_to(ROOT)) for item in closure({method})}
+    registered = {"align": METHODS, "search": METHODS, "study": STUDIED, "raw": SOURCES}
+    for name in registered.get(stage, {}).values():
+        needed |= {str(module_file(item).relative_to(ROOT)) for item in closure({name})}
     if stage == "align":
         needed = {path for path in needed if not re.fullmatch(r"src/fgalign/methods/\w+\.py", path)}
         needed.add("src/fgalign/methods/${item.kind}.py")
