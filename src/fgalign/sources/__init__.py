@@ -24,6 +24,7 @@ SOURCES: dict[str, str] = {
     "spa": "fgalign.sources.spa",
     "hh_rlhf": "fgalign.sources.hh_rlhf",
     "preference_dataset": "fgalign.sources.preference_dataset",
+    "edit_dataset": "fgalign.sources.edit_dataset",
 }
 """Name of a source (``source.name`` in a profile) to the module that builds it."""
 
