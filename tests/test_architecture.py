@@ -103,7 +103,7 @@ def test_the_graph_sees_imports_everywhere():
     # Checks of the checker, on imports that the source is known to have.
     assert "fgalign.core.tensor_ops" in direct("fgalign.losses.ppo")  # at the top
     assert "fgalign.sft" in direct("fgalign.base_model")  # inside a function
-    assert "fgalign.sources.simulator" in direct("fgalign.sources")  # of a package, inside a function
+    assert "fgalign.annotate.simulated" in direct("fgalign.annotate")  # of a package, inside a function
     assert "fgalign.sources.simulator.gold" in reachable("fgalign.stages.data")  # through several modules
     assert names_imported(ast.parse("def f():\n    import importlib\n    importlib.import_module('a.b')")) >= {"a.b"}
     assert names_imported(ast.parse("if TYPE_CHECKING:\n    import a\nelse:\n    import b")) == {"b"}

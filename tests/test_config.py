@@ -28,10 +28,15 @@ class Inner(Section):
     rate: float = 0.5
 
 
+class Needed(Section):
+    learning_rate: float
+
+
 class Outer(Section):
     name: str
     count: int = 3
     inner: Inner | None = Inner()
+    needed: Needed | None = None
 
 
 @pytest.fixture
@@ -146,9 +151,15 @@ def test_missing_section(root):
     ("value", "message"),
     [
         # What stands there may be a secret.
-        ({"name": "x", "cuont": 4}, r"^here\.cuont: Extra inputs are not permitted; known keys: name, count, inner$"),
-        ({"name": "x", "inner": {"rat": 4}}, r"^here\.inner\.rat: Extra inputs are not permitted; known keys: rate$"),
-        ({"name": "x", "pass": "abc"}, r"^here\.pass: Extra inputs are not permitted; known keys: name, count, inner$"),
+        ({"name": "x", "cuont": 4}, r"^here\.cuont: no such key; did you mean count\?$"),
+        ({"name": "x", "inner": {"rat": 4}}, r"^here\.inner\.rat: no such key; did you mean rate\?$"),
+        ({"name": "x", "pass": "abc"}, r"^here\.pass: no such key; known keys: name, count, inner, needed$"),
+        # The slip comes before what it leaves missing, and before other errors.
+        ({"count": "many", "nmae": "x"}, r"^here\.nmae: no such key; did you mean name\?$"),
+        (
+            {"name": "x", "needed": {"learning_rat": 1}},
+            r"^here\.needed\.learning_rat: .*; did you mean learning_rate\?$",
+        ),
         ({"name": "x", "count": "many"}, r"^here\.count: .*integer.*found 'many'$"),
         ({"count": 1}, r"^here\.name: Field required$"),
         ([1], r"^here\.\(section\): .*found \[1\]$"),

@@ -894,6 +894,22 @@ def test_every_source_can_be_had_by_name():
         get_source("spam")
 
 
+def test_a_module_and_a_line_make_a_source(tmp_path, monkeypatch):
+    (tmp_path / "source_of_a_test.py").write_text(
+        "from __future__ import annotations\n"
+        "from pathlib import Path\n"
+        "from fgalign.config import Section\n"
+        "from fgalign.core.raw_data import RawData\n"
+        "class MyConfig(Section):\n    size: int = 3\n"
+        "def build(config: MyConfig, root: Path) -> RawData:\n    return RawData({config.size: root}, {})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(SOURCES, "mine", "source_of_a_test")
+    assert make("mine", tmp_path, size=5).splits == {5: tmp_path}
+    with pytest.raises(ConfigError, match=r"^params\.yaml: source\.sizes: no such key; did you mean size\?$"):
+        make("mine", tmp_path, sizes=5)
+
+
 @pytest.mark.parametrize("name", ["alpaca_farm", "hh_rlhf"])
 def test_the_pinned_revisions_are_whole_commits(name):
     assert parse_section({}, get_source(name).config, "params.yaml").revision is not None

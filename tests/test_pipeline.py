@@ -18,6 +18,7 @@ from preloaded import preloaded
 from fgalign.errors import InputError
 from fgalign.methods import METHODS
 from fgalign.parallel import can_fork
+from fgalign.sources import SOURCES
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
@@ -63,7 +64,7 @@ STAGE_FUNCTIONS = {
     "overoptimisation": ("compare", "run_overoptimisation"),
 }
 # Methods that the studies vary.
-STUDIED = ("fgalign.methods.figa", "fgalign.methods.ppo")
+STUDIED = {kind: METHODS[kind] for kind in ("figa", "ppo")}
 TRAINING = ("base", "sft", "rm_preference", "rm_edit", "rm_token", "token_model", "align", "study", "judge_model")
 
 
@@ -117,10 +118,12 @@ def body(stage: str) -> dict:
 
 
 def undeclared(stage: str, entry: dict, module: str, function: str) -> list[str]:
-    """Files that a stage's function can import and its deps do not name; of methods those that the stage can run."""
+    """Files that a stage's function can import and its deps do not name; of methods and sources those that it can
+    run."""
     needed = code_of(f"fgalign.stages.{module}", function)
-    for method in {"align": METHODS.values(), "search": METHODS.values(), "study": STUDIED}.get(stage, ()):
-        needed |= {str(module_file(item).relative_to(ROOT)) for item in closure({method})}
+    registered = {"align": METHODS, "search": METHODS, "study": STUDIED, "raw": SOURCES}
+    for name in registered.get(stage, {}).values():
+        needed |= {str(module_file(item).relative_to(ROOT)) for item in closure({name})}
     if stage == "align":
         needed = {path for path in needed if not re.fullmatch(r"src/fgalign/methods/\w+\.py", path)}
         needed.add("src/fgalign/methods/${item.kind}.py")
@@ -332,59 +335,10 @@ def test_training_without_truth_and_test_split_gives_the_same_bytes(smoke: Path)
 
 @pytest.mark.parametrize("name", ["mini", "more-seeds", "human", "human-gpu", "smoke", "paper"])
 def test_every_section_of_every_profile_is_valid(name: str, copy: Path) -> None:
-    from fgalign.annotate import get_annotator
-    from fgalign.base_model import PretrainedConfig, ScratchConfig
-    from fgalign.benchmarks import BenchmarkConfig
-    from fgalign.config import load_profile, parse_section
-    from fgalign.core.modeling import RuntimeConfig
-    from fgalign.evaluation.config import EvaluationConfig
-    from fgalign.labels import LabelConfig
-    from fgalign.ppo_trainer import FineGrainedPPOConfig, check_config
-    from fgalign.report.config import other_judges, report_config
-    from fgalign.rewards.training import RewardSection, TokenRewardSection
-    from fgalign.sft import SFTSection
-    from fgalign.sources import get_source
-    from fgalign.stages.judge_model import judge_model_config
-    from fgalign.stages.rejudge import other_judge
-    from fgalign.stages.train import method_config, reward_config
-    from fgalign.study import candidates, get_study
+    from fgalign.config import load_profile
+    from fgalign.profiles import check_profile
 
-    profile = load_profile(name, copy)
-    for key, kind in {
-        "runtime": RuntimeConfig,
-        "labels": LabelConfig,
-        "sft": SFTSection,
-        "rm_preference": RewardSection,
-        "rm_edit": RewardSection,
-        "rm_token": TokenRewardSection,
-        "evaluation": EvaluationConfig,
-        "benchmarks": BenchmarkConfig,
-    }.items():
-        profile.section(key, kind)
-    report_config(profile)
-    assert set(other_judges(profile)) == set(profile.params["other_judges"])
-    for judge in profile.params["other_judges"]:
-        other_judge(profile, judge)
-    for judge in profile.params["judge_models"]:
-        judge_model_config(profile, judge)
-    kinds = {"scratch": ScratchConfig, "pretrained": PretrainedConfig}
-    parse_section(profile.params["base_model"], kinds[profile.params["base_model"]["kind"]], "base_model")
-    for model in profile.params["token_models"]:
-        reward_config(profile, model)
-    changes = [(method, {}) for method in profile.params["methods"]]
-    for study in (*profile.params["studies"], *profile.params["sweeps"]):
-        spec = get_study(profile, study)
-        changes += [(variant.method or spec.method, variant.change) for variant in spec.variants.values()]
-    if any("search" in section for section in profile.params["methods"].values()):
-        changes += [(candidate.method, candidate.changes) for candidate in candidates(profile)]
-    for method, change in changes:
-        _, config = method_config(profile, method, change)
-        if config.kind == "ppo":
-            check_config(FineGrainedPPOConfig(output_dir="", **config.trainer))
-    named = {"source": get_source, "annotator": get_annotator}
-    for key, get in named.items():
-        options = {option: value for option, value in profile.params[key].items() if option != "name"}
-        parse_section(options, get(profile.params[key]["name"]).config, key)
+    check_profile(load_profile(name, copy))
 
 
 def test_more_seeds_differs_from_mini_in_its_seeds_alone() -> None:

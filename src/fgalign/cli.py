@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from fgalign import tracking
-from fgalign.config import Profile, load_profile
+from fgalign.config import DEFAULT_PROFILE, Profile, load_profile
 from fgalign.errors import ConfigError, FgalignError
 from fgalign.hardware import timings_file
 from fgalign.parallel import is_main_process, process_count
@@ -84,6 +84,28 @@ def plan(
         print(f"does not fit: {line}")
     if wrong:
         raise ConfigError(f"plan: {len(wrong)} of the profile's settings do not fit; see above")
+
+
+@app.command()
+def new_profile(
+    name: Name, like: Annotated[str, typer.Option(help="The profile that is copied.")] = DEFAULT_PROFILE
+) -> None:
+    """Write reproduce/profiles/NAME, a copy of another profile to be changed (docs/new-profile.md)."""
+    from fgalign.profiles import new_profile as write
+
+    made = write(name, load_profile(like))
+    _say(made, [made.file, made.file.with_name("dvc.yaml")])
+    print("What to change in it: docs/new-profile.md")
+
+
+@app.command()
+def check_profile(profile: ProfileOption = None) -> None:
+    """Check every section of a profile before any stage runs (docs/new-profile.md)."""
+    from fgalign.profiles import check_profile as check
+
+    current = load_profile(profile)
+    check(current)
+    print(f"{current.file.relative_to(current.root)}: every section is valid")
 
 
 @app.command()
@@ -351,8 +373,10 @@ def benchmark(profile: ProfileOption = None) -> None:
 def settings(profile: ProfileOption = None) -> None:
     """The profile's settings by use: evaluation, settings, recipe, search and search_rewards (.json)."""
     with stage(profile, "settings", tracked=False) as current:
+        from fgalign.profiles import check_names
         from fgalign.report.settings import write_settings
 
+        check_names(current)
         _say(current, write_settings(current))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -102,19 +102,27 @@ class Profile:
 
 
 def parse_section(value: Any, kind: type[S], where: str) -> S:
-    """Validate one mapping as a section; ``where`` starts the message of the ConfigError."""
+    """Validate one mapping as a section; ``where`` starts the message of the ConfigError. Of several errors an unknown
+    key is named first: a key with a slip in it is often missing under its own name too."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(section)"
-        known = ""
-        if first["type"] == "extra_forbidden":
-            known = f"; known keys: {', '.join(_inner(kind, first['loc'][:-1]).model_fields)}"
+        errors = error.errors(include_url=False)
+        first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+        *parents, last = first["loc"] or ("(section)",)
+        key = ".".join(map(str, (*parents, last)))
         # What stands under an unknown key may be a secret, and a section's own check says what it found.
-        silent = first["type"] in ("missing", "extra_forbidden", "value_error")
-        found = "" if silent else f", found {first.get('input')!r}"
-        raise ConfigError(f"{where}.{key}: {first['msg']}{found}{known}") from None
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{where}.{key}: {no_such_key(last, _inner(kind, parents).model_fields)}") from None
+        found = "" if first["type"] in ("missing", "value_error") else f", found {first.get('input')!r}"
+        raise ConfigError(f"{where}.{key}: {first['msg']}{found}") from None
+
+
+def no_such_key(key: object, known: Iterable[str]) -> str:
+    """What an error says of a key that nothing reads: the known key that looks like it, or all of them."""
+    known = list(known)
+    close = get_close_matches(str(key), known, 1)
+    return f"no such key; did you mean {close[0]}?" if close else f"no such key; known keys: {', '.join(known)}"
 
 
 def changed(section: Any, changes: Mapping[str, Any] | None) -> Any:
@@ -181,9 +189,7 @@ def _check_keys(params: dict[str, Any], path: Path) -> None:
     """Raise ConfigError for a top-level key that nothing reads, and for a section that cannot hold what it has to."""
     for key, value in params.items():
         if key not in KEYS:
-            close = get_close_matches(str(key), KEYS, 1)
-            meant = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(KEYS)}"
-            raise ConfigError(f"{path}: {key}: no such key{meant}")
+            raise ConfigError(f"{path}: {key}: {no_such_key(key, KEYS)}")
         if key in ("base_model", "methods") and not isinstance(value, dict):
             raise ConfigError(f"{path}: {key}: expected a section, found {value!r}")
         if key in NAMED and value is not None:

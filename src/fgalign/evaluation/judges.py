@@ -81,6 +81,9 @@ class Judge:
         return found
 
 
+REWARD_JUDGE_TITLE = "score of a reward model trained on other preferences"
+
+
 class RewardJudgeConfig(Section):
     """A trained sequence-level reward model as judge: its folder (model and tokenizer), absolute or relative to the
     repository's root. It must have learnt from other preferences, with another seed, than the models it judges."""
@@ -192,7 +195,7 @@ def _reward_judge(config: RewardJudgeConfig) -> Judge:
         pairs = [(score[item.prompt, item.response], score[item.prompt, item.reference]) for item in items]
         return [Verdict(ours, theirs, outcome(ours, theirs)) for ours, theirs in pairs]
 
-    return Judge("reward_model", "score of a reward model trained on other preferences", compare=compare)
+    return Judge("reward_model", REWARD_JUDGE_TITLE, compare=compare)
 
 
 def outcome(score: float, reference_score: float) -> float:

@@ -6,12 +6,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fgalign.config import Profile, parse_section
+from fgalign.config import Profile, Section, parse_section
 from fgalign.core.schema import CurveSample, Reference, Sample
 from fgalign.errors import ConfigError
 from fgalign.evaluation.judges import Item, Judge, RewardJudgeConfig, get_judge
 from fgalign.io import write_json
 from fgalign.llm import SPENT_FILE
+
+
+def judge_options(
+    profile: Profile, name: str, options: Mapping[str, Any], key: str = "evaluation.judge_options"
+) -> Section | None:
+    """The options of the judge of that name, parsed (None: it has none); ``key`` is where they stand in the profile.
+
+    Raises:
+        ConfigError: no such judge, or options that it does not take.
+    """
+    where = f"{profile.file}: {key}"
+    if name == "llm":
+        from fgalign.evaluation.llm_judge import LLMJudgeConfig
+
+        return parse_section(options, LLMJudgeConfig, where)
+    if name == "reward_model":
+        return parse_section(options, RewardJudgeConfig, where)
+    try:
+        get_judge(name)
+    except ConfigError as error:
+        raise ConfigError(f"{profile.file}: {key.rpartition('.')[0]}.{error}") from None
+    if options:
+        raise ConfigError(f"{where}: the judge {name!r} has no options, found {', '.join(options)}")
+    return None
 
 
 def profile_judge(
@@ -22,16 +46,18 @@ def profile_judge(
     Raises:
         ConfigError: no such judge, or options that it does not take.
     """
-    where = f"{profile.file}: {key}"
-    if name == "llm":
-        from fgalign.evaluation.llm_judge import LLMJudgeConfig
+    section = judge_options(profile, name, options, key)
+    return get_judge(name) if section is None else get_judge(name, **{name: section})
 
-        return get_judge(name, llm=parse_section(options, LLMJudgeConfig, where))
-    if name == "reward_model":
-        return get_judge(name, reward_model=parse_section(options, RewardJudgeConfig, where))
-    if options:
-        raise ConfigError(f"{where}: the judge {name!r} has no options, found {', '.join(options)}")
-    return get_judge(name)
+
+def check_title(profile: Profile, name: str, title: str) -> None:
+    """Raise ConfigError where the report calls the profile's judge something else than its ``title``."""
+    found = profile.params.get("report", {}).get("judge_title", title)
+    if found != title:
+        raise ConfigError(
+            f"{profile.file}: report.judge_title: expected {title!r}, what the judge {name!r} is called in captions, "
+            f"found {found!r}"
+        )
 
 
 def write_spent(judge: Judge, folder: Path, name: str) -> None:

@@ -1,20 +1,32 @@
-"""Raw preference data: one file a source, each a function ``build(config, root) -> RawData``.
+"""Raw preference data: one file a source, each a function ``build(config, root) -> RawData``; the table below is the
+whole registry.
 
 A source says what the world gives: prompts, demonstrations, preferences between responses, human corrections where
-there are any, and, kept apart for evaluation, the truth. It splits by prompt.
+there are any, and, kept apart for evaluation, the truth. It splits by prompt. To add one: a file here, a line in
+``SOURCES``, its name in the profile.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from fgalign.config import Section
 from fgalign.core.raw_data import RawData
 from fgalign.errors import ConfigError
 
-SOURCES = ("simulator", "qa_feedback", "alpaca_farm", "spa", "hh_rlhf", "preference_dataset")
+SOURCES: dict[str, str] = {
+    "simulator": "fgalign.sources.simulator",
+    "qa_feedback": "fgalign.sources.qa_feedback",
+    "alpaca_farm": "fgalign.sources.alpaca_farm",
+    "spa": "fgalign.sources.spa",
+    "hh_rlhf": "fgalign.sources.hh_rlhf",
+    "preference_dataset": "fgalign.sources.preference_dataset",
+    "edit_dataset": "fgalign.sources.edit_dataset",
+}
+"""Name of a source (``source.name`` in a profile) to the module that builds it."""
 
 
 class Source(NamedTuple):
@@ -26,38 +38,12 @@ class Source(NamedTuple):
 
 
 def get_source(name: str) -> Source:
-    """A source by name, imported only when asked for.
+    """A source by name, imported only when asked for; its configuration is of the type that ``build`` says it takes.
 
     Raises:
         ConfigError: no source has that name.
     """
-    if name == "simulator":
-        from fgalign.sources.simulator import SimulatorConfig, build
-
-        return Source(build, SimulatorConfig)
-    if name == "qa_feedback":
-        from fgalign.sources.qa_feedback import QAFeedbackConfig
-        from fgalign.sources.qa_feedback import build as build_qa
-
-        return Source(build_qa, QAFeedbackConfig)
-    if name == "alpaca_farm":
-        from fgalign.sources.alpaca_farm import AlpacaFarmConfig
-        from fgalign.sources.alpaca_farm import build as build_alpaca_farm
-
-        return Source(build_alpaca_farm, AlpacaFarmConfig)
-    if name == "spa":
-        from fgalign.sources.spa import SPAConfig
-        from fgalign.sources.spa import build as build_spa
-
-        return Source(build_spa, SPAConfig)
-    if name == "hh_rlhf":
-        from fgalign.sources.hh_rlhf import HHRLHFConfig
-        from fgalign.sources.hh_rlhf import build as build_hh_rlhf
-
-        return Source(build_hh_rlhf, HHRLHFConfig)
-    if name == "preference_dataset":
-        from fgalign.sources.preference_dataset import PreferenceDatasetConfig
-        from fgalign.sources.preference_dataset import build as build_preference_dataset
-
-        return Source(build_preference_dataset, PreferenceDatasetConfig)
-    raise ConfigError(f"source.name: unknown source {name!r}; expected one of {', '.join(SOURCES)}")
+    if name not in SOURCES:
+        raise ConfigError(f"source.name: unknown source {name!r}; expected one of {', '.join(SOURCES)}")
+    build = importlib.import_module(SOURCES[name]).build
+    return Source(build, get_type_hints(build)["config"])

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict
 
-from fgalign.annotate import get_annotator
+from fgalign.annotate import Annotator, get_annotator
 from fgalign.config import Profile, Section, parse_section
 from fgalign.core.raw_data import read_split, write_raw
 from fgalign.core.schema import SPLITS, Edit, read_records, write_records
-from fgalign.errors import InputError
+from fgalign.errors import ConfigError, InputError
 from fgalign.io import atomic_dir, write_json
 from fgalign.labels import LabelConfig, label_edits, label_statistics, with_tokens_changed
 from fgalign.llm import SPENT_FILE
-from fgalign.sources import get_source
+from fgalign.sources import Source, get_source
 from fgalign.tracking import Run, track
+
+T = TypeVar("T")
 
 
 class NamedSection(Section):
@@ -27,9 +31,8 @@ class NamedSection(Section):
 
 def run_raw(profile: Profile) -> None:
     """raw: the source writes ``data/<profile>/raw`` (for training) and ``data/<profile>/gold`` (evaluation only)."""
-    name, options = _named(profile, "source")
-    source = get_source(name)
-    data = source.build(parse_section(options, source.config, f"{profile.file}: source"), profile.root)
+    source, config = source_config(profile)
+    data = source.build(config, profile.root)
     with atomic_dir(profile.data / "raw") as raw, atomic_dir(profile.data / "gold") as gold:
         write_raw(data, raw, gold)
     for split in SPLITS:
@@ -41,9 +44,7 @@ def run_raw(profile: Profile) -> None:
 def run_edits(profile: Profile) -> None:
     """edits: the annotator minimally edits responses; ``data/<profile>/edits/<split>.jsonl``. What a language model
     took for each split is in ``llm_usage.json`` there, and what it used in this run is tracked."""
-    name, options = _named(profile, "annotator")
-    annotator = get_annotator(name)
-    config = parse_section(options, annotator.config, f"{profile.file}: annotator")
+    annotator, config = annotator_config(profile)
     if annotator.check is not None:
         for split in SPLITS:
             annotator.check(read_split(profile.data / "raw" / split), config, split)
@@ -54,6 +55,7 @@ def run_edits(profile: Profile) -> None:
             if annotator.asked is not None:
                 run.log({f"{split}/{key}": value for key, value in annotator.asked[split].counts().items()})
             if not edits:
+                name = profile.params["annotator"]["name"]
                 raise InputError(f"edits: the annotator {name!r} made none for the {split} split; check its section")
             write_records(folder / f"{split}.jsonl", edits)
             print(f"{split}: {len(edits)} edits")
@@ -86,20 +88,44 @@ def run_study_edits(profile: Profile, name: str) -> None:
     from fgalign.study import edits_file, get_study
 
     study = get_study(profile, name)
-    annotator_name, options = _named(profile, "annotator")
-    annotator = get_annotator(annotator_name)
     split = read_split(profile.data / "raw" / "train")
     with atomic_dir(edits_file(profile, name, "").parent) as folder:
         for key, variant in study.variants.items():
             if variant.annotator:
-                where = f"{profile.file}: studies.{name}.variants.{key}.annotator"
-                config = parse_section({**options, **variant.annotator}, annotator.config, where)
+                where = f"studies.{name}.variants.{key}.annotator"
+                annotator, config = annotator_config(profile, variant.annotator, where)
                 count = write_records(folder / f"{key}.jsonl", annotator.annotate(split, config, "train"))
                 print(f"{key}: {count} edits")
                 if annotator.asked is not None:
                     write_json(folder / f"{key}.{SPENT_FILE}", annotator.asked["train"].spent())
 
 
-def _named(profile: Profile, key: str) -> tuple[str, dict]:
+def source_config(profile: Profile) -> tuple[Source, Section]:
+    """The profile's source and its configuration.
+
+    Raises:
+        ConfigError: no such source, or a key or value that it does not take.
+    """
+    source, options = _named(profile, "source", get_source)
+    return source, parse_section(options, source.config, f"{profile.file}: source")
+
+
+def annotator_config(
+    profile: Profile, changes: Mapping[str, Any] | None = None, key: str = "annotator"
+) -> tuple[Annotator, Section]:
+    """The profile's annotator and its configuration; ``changes``, which stand under ``key``, replace values of it.
+
+    Raises:
+        ConfigError: no such annotator, or a key or value that it does not take.
+    """
+    annotator, options = _named(profile, "annotator", get_annotator)
+    return annotator, parse_section({**options, **(changes or {})}, annotator.config, f"{profile.file}: {key}")
+
+
+def _named(profile: Profile, key: str, get: Callable[[str], T]) -> tuple[T, dict[str, Any]]:
+    """What a section names and the section's other keys."""
     section = profile.section(key, NamedSection)
-    return section.name, section.model_extra or {}
+    try:
+        return get(section.name), section.model_extra or {}
+    except ConfigError as error:
+        raise ConfigError(f"{profile.file}: {error}") from None

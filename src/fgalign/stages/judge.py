@@ -21,16 +21,11 @@ def run_judge(profile: Profile, method: str) -> None:
     """judge: the judge scores the responses; ``results/<profile>/metrics/judged/<method>.csv``. What the method spent
     goes into ``metrics/budgets/<method>.csv`` (the initial model and SFT have no budget), what a language model took to
     judge into ``metrics/judged/<method>.llm_usage.json``."""
-    from fgalign.evaluation.judging import judged_rows, profile_judge, write_spent
+    from fgalign.evaluation.judging import check_title, judged_rows, profile_judge, write_spent
 
     config = profile.section("evaluation", EvaluationConfig)
     judge = profile_judge(profile, config.judge, config.judge_options)
-    title = profile.params.get("report", {}).get("judge_title", judge.title)
-    if title != judge.title:
-        raise ConfigError(
-            f"{profile.file}: report.judge_title: expected {judge.title!r}, what the judge {config.judge!r} is called "
-            f"in captions, found {title!r}"
-        )
+    check_title(profile, config.judge, judge.title)
     references = {record.id: record for record in read_truth(profile.data / "gold" / "test").references}
     samples = read_records(profile.data / "samples" / f"{method}.jsonl", Sample)
     rows = judged_rows(samples, references, judge)
