@@ -323,7 +323,7 @@ def test_demonstrations_are_the_answers_of_the_kind_asked_for(tmp_path, question
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"folders": "x"}, rr"folders: no such key; did you mean folder\?"),
+        ({"folders": "x"}, r"folders: no such key; did you mean folder\?"),
         ({"demonstrations": "worst"}, r"demonstrations: .*'best', 'gold' or 'corrected'"),
         ({"prompt_words": 0}, "prompt_words"),
         ({"files": []}, "files"),
