@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import TrainingArguments
 
@@ -54,6 +55,7 @@ def ppo(make_model, ids, tmp_path):
             "minibatch_size": 4, "learning_rate": 1e-3, "response_length": 6, "calibration_prompts": 12,
             "use_cpu": device.type == "cpu",
         }  # fmt: skip
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process keeps the first trainer's device
         rounds = []
         trainer = FineGrainedPPOTrainer(
             make_model(0), make_model(0), wanted, FineGrainedPPOConfig(**{**settings, **config}), PROMPTS, ids,
