@@ -39,7 +39,7 @@ def test_file(tmp_path):
     }
     assert read_decoding(tmp_path) == decoding
     (tmp_path / "decoding.json").write_text('{"best_off": 2}')
-    with pytest.raises(ConfigError, match=r"decoding\.json\.best_off: .*known keys: best_of, reward, prefix"):
+    with pytest.raises(ConfigError, match=r"decoding\.json\.best_off: no such key; did you mean best_of\?"):
         read_decoding(tmp_path)
 
 
