@@ -877,7 +877,7 @@ def test_what_reads_like_a_special_token_in_a_response_is_text(tokenizer):
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"learning_rat": 1.0}, r"trainer\.learning_rat: no such key; known keys: updates, "),
+        ({"learning_rat": 1.0}, r"trainer\.learning_rat: no such key; did you mean learning_rate\?"),
         ({"seed": 3}, r"trainer\.seed: no such key"),
         ({"kl_coef": "much"}, r"trainer\.kl_coef: .*valid number.*found 'much'"),
     ],

@@ -78,6 +78,18 @@ def smoke(changes: dict | None = None) -> Profile:
             {"studies.x": {"method": "figa", "variants": {"a": {"annotator": {"mis_rate": 0.1}}}}},
             "studies.x.variants.a.annotator.mis_rate: no such key; did you mean miss_rate?",
         ),
+        (
+            {"studies.x": {"variants": {"a": {"method": "figa"}}}},
+            "studies.x.variants.a: expected a variant of the method studies.x.method, found that to be None and",
+        ),
+        (
+            {"studies.x": {"method": "figa", "variants": {"a": {}, "b": {"method": "ppo_token"}}}},
+            "studies.x.variants.b: expected a variant of the method studies.x.method, found that to be 'figa' and",
+        ),
+        (
+            {"studies.x": {"method": "figa", "variants": {"a": {"annotator": {"miss_rate": 0.1}}}}},
+            "studies.x.variants.a.annotator: expected none, as no stage makes these edits; make it a study of `sweeps`",
+        ),
         ({"search.seed": 9}, "search.seed: expected one of the seeds [1, 2], found 9"),
         ({"other_judges.reward_model.judge": "reward"}, "other_judges.reward_model.judge: unknown judge 'reward'"),
         (
@@ -104,6 +116,8 @@ def test_what_is_right_passes():
     check_names(smoke({"methods.figa.needs": "ppo_token"}))  # DVC makes one method's model before another
     needed = {"token_models.rm_bt": SMOKE["rm_token"], "needed_token_models": ["rm_bt"], "methods.figa.needs": "rm_bt"}
     check_names(smoke(needed))
+    several = {"variants": {"a": {"method": "figa"}, "b": {"method": "ppo_token", "annotator": {"miss_rate": 0.1}}}}
+    check_names(smoke({"sweeps.x": several}))
     # As far as there are sections: a part of the pipeline needs no others.
     check_names(Profile("smoke", ROOT, {"seeds": [1], "evaluation": {"judge": "rouge_l"}}, smoke().file))
 
@@ -267,3 +281,27 @@ def test_dvc_reads_the_pipelines_beside_a_new_profile(repository, monkeypatch):
     file.write_text(text.replace("papers: []", "papers: [main]"), encoding="utf-8")
     with Repo(str(repository)) as repo, pytest.raises(OutputDuplicationError, match="paper/generated"):
         repo.index.check_graph()
+
+
+def test_dvc_lets_a_study_wait_for_the_method_that_it_varies(repository, monkeypatch):
+    from dvc.repo import Repo
+
+    monkeypatch.chdir(repository)
+    Repo.init(str(repository), no_scm=True).close()
+    file = new_profile("mine", load_profile("mini", repository)).file
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("studies:", "studies:\n  rates: {method: ppo_token, variants: {a: {}}}"), "utf-8")
+    with Repo(str(repository)) as repo:
+        stages = {stage.addressing.rpartition(":")[2]: stage for stage in repo.index.stages if "mine" in stage.path}
+    models = [f"data/mine/models/{name}" for name in ("figa", "ppo_token")]
+    waits = {
+        name: [model for model in models if repository / model in {Path(dep.fs_path) for dep in stages[name].deps}]
+        for name in ("study@rates", "study@figa_signals")
+    }
+    assert waits == {"study@rates": models[1:], "study@figa_signals": models[:1]}
+    assert [param for dep in stages["study@rates"].params for param in dep.params] == [
+        "studies.rates",
+        "methods.ppo_token",
+        "seeds",
+        "runtime",
+    ]

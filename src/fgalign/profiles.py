@@ -14,6 +14,8 @@ from fgalign.io import atomic_dir
 WITHOUT_GOLD = ("simulator", "alpaca_farm", "hh_rlhf", "preference_dataset")
 """Sources without gold answers, which the judge `rouge_l` reads."""
 
+_SWEEPS = "make it a study of `sweeps`, with a pipeline of its own as reproduce/sweeps/dvc.yaml"
+
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
@@ -168,6 +170,7 @@ def _variants(profile: Profile) -> Iterator[tuple[str, str, Any]]:
 
 def _check_studies(profile: Profile) -> None:
     from fgalign.stages.data import annotator_config
+    from fgalign.study import get_study
 
     methods = profile.params.get("methods") or {}
     for key, method, variant in _variants(profile):
@@ -177,6 +180,18 @@ def _check_studies(profile: Profile) -> None:
             )
         if variant.annotator:
             annotator_config(profile, variant.annotator, f"{key}.annotator")
+    for name in profile.params.get("studies") or {}:
+        # DVC lets a study wait for the method that it names, and knows of nothing else that its variants need.
+        study = get_study(profile, name)
+        for key, variant in study.variants.items():
+            where = f"{profile.file}: studies.{name}.variants.{key}"
+            if study.method is None or variant.method not in (None, study.method):
+                raise ConfigError(
+                    f"{where}: expected a variant of the method studies.{name}.method, found that to be "
+                    f"{study.method!r} and the variant's to be {variant.method!r}; {_SWEEPS}"
+                )
+            if variant.annotator:
+                raise ConfigError(f"{where}.annotator: expected none, as no stage makes these edits; {_SWEEPS}")
 
 
 def _check_judges(profile: Profile, source: str | None) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from fgalign.config import Section
+from fgalign.config import Section, no_such_key
 from fgalign.context import Context
 from fgalign.core.modeling import load_causal_lm
 from fgalign.core.rollout import Rollout, uniforms
@@ -66,7 +66,7 @@ class Config(LengthSection):
         known = [field.name for field in fields(FineGrainedPPOConfig) if field.name not in SET_BY_RUN]
         for key in self.trainer:
             if key not in known:
-                raise ValueError(f"trainer.{key}: no such key; known keys: {', '.join(known)}")
+                raise ValueError(f"trainer.{key}: {no_such_key(key, known)}")
         try:  # YAML reads 1e-4 as a text; the dataclass takes whatever comes.
             typed = TypeAdapter(FineGrainedPPOConfig).validate_python({"output_dir": "", **self.trainer})
         except ValidationError as error:
