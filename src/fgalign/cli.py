@@ -253,6 +253,15 @@ def reward_models(profile: ProfileOption = None) -> None:
 
 
 @app.command()
+def score_edits(profile: ProfileOption = None) -> None:
+    """How likely every policy holds the tokens that held-out edits put in and take out."""
+    with stage(profile, "score_edits") as current:
+        from fgalign.stages.score_edits import run_score_edits
+
+        run_score_edits(current)
+
+
+@app.command()
 def token_models(profile: ProfileOption = None) -> None:
     """Every token-level reward model on held-out pairs and against the truth."""
     with stage(profile, "token_models") as current:

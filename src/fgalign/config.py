@@ -24,8 +24,8 @@ DEFAULT_PROFILE = "mini"
 KEYS = (
     "profile", "root", "params_file", "seeds", "runtime", "source", "annotator", "labels", "base_model", "sft",
     "rm_preference", "rm_edit", "rm_token", "token_models", "needed_token_models", "methods", "studies", "sweeps",
-    "search", "evaluation", "judge_models", "other_judges", "judge_tables", "benchmarks", "report", "world", "papers",
-    "plan",
+    "search", "evaluation", "judge_models", "other_judges", "judge_tables", "edit_likelihood", "benchmarks", "report",
+    "world", "papers", "plan",
 )  # fmt: skip
 """Everything that a profile may have at its top."""
 NAMED = ("methods", "token_models", "studies", "sweeps", "judge_models", "other_judges")

@@ -6,10 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from fgalign.config import Section
+from fgalign.config import Profile, Section
 
 REWARD_MODELS = ("rm_preference", "rm_edit", "rm_token")
 """Those that every policy's answers are scored with."""
+
+
+def policies_with_weights(profile: Profile) -> list[str]:
+    """SFT and the profile's methods in its order, without those that choose among SFT's answers."""
+    return ["sft", *(name for name, entry in profile.params["methods"].items() if entry.get("kind") != "best_of_n")]
 
 
 class EvaluationConfig(Section):

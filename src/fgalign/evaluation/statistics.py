@@ -127,18 +127,23 @@ def pooled_seed_variance(tables: ArrayLike) -> SeedVariance:
     return SeedVariance(max(0.0, between - within) / prompts, float(freedom))
 
 
-def parts_interval(by_seed: Sequence[Parts], level: float = 0.95) -> Interval | None:
-    """Interval of a statistic of tokens, a share from 0 to 1, over seeds (one ``Parts`` each, of the same responses)
-    and responses. None where it rests on a single response."""
+def parts_interval(
+    by_seed: Sequence[Parts], level: float = 0.95, bounds: Bounds | None = (0.0, 1.0)
+) -> Interval | None:
+    """Interval of a statistic of tokens over seeds (one ``Parts`` each, of the same responses) and responses, cut to
+    the statistic's own limits ``bounds``, by default those of a share. None where it rests on a single response."""
     held = min(parts.responses for parts in by_seed)
     if held < 2:
         return None
     values = np.asarray([parts.values for parts in by_seed])
-    if np.ptp(values) == 0:  # no spread to reckon with, such as 3 of 3: the exact binomial's, of responses
+    if bounds is not None and np.ptp(values) == 0:
+        # No spread to reckon with, such as 3 of 3: the exact binomial's, of responses.
         mean = float(values.flat[0])
-        return Interval(mean, *constant_interval(mean, held, level, (0.0, 1.0)))
+        return Interval(mean, *constant_interval(mean, held, level, bounds))
     interval = crossed_interval([parts.values for parts in by_seed], level, max_freedom=held - 1)
-    return Interval(interval.mean, max(interval.low, 0.0), min(interval.high, 1.0))
+    if bounds is None:
+        return interval
+    return Interval(interval.mean, max(interval.low, bounds[0]), min(interval.high, bounds[1]))
 
 
 def paired_interval(
@@ -250,8 +255,8 @@ def auroc_parts(scores: ArrayLike, labels: ArrayLike, responses: ArrayLike, coun
 
 def ratio_parts(part: ArrayLike, whole: ArrayLike, responses: ArrayLike, count: int) -> Parts | None:
     """sum(part) / sum(whole) over tokens, as ``Parts`` (the ratio estimator of cluster sampling, Cochran 1977, section
-    6); ``part`` and ``whole`` are numbers of at least 0 or flags, one a token, ``responses`` and ``count`` as in
-    ``auroc_parts``. None when ``whole`` is 0 everywhere.
+    6); ``part`` and ``whole`` are numbers or flags, one a token (or one a group of tokens of a response), those of
+    ``whole`` at least 0; ``responses`` and ``count`` as in ``auroc_parts``. None when ``whole`` is 0 everywhere.
 
     Raises:
         ValueError: different lengths, a number of a response that is not below ``count``.

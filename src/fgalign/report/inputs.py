@@ -26,6 +26,11 @@ SWEEP_METRICS = ("search.csv", "search_rewards.csv", "overoptimisation.csv", "to
 SIDES = ("initial", "revised", "reference")
 BUDGET_COLUMNS = ("training_tokens", "sampled_tokens", "gradient_updates")
 OVEROPTIMISATION_COLUMNS = ("kl", "proxy", "gold", "win")
+LIKELIHOOD_COLUMNS = (
+    "initial",
+    "revised",
+    *(f"{kind}{end}" for kind in ("good", "bad", "kept") for end in ("", "_tokens")),
+)
 CREDIT_COLUMNS = ("flawed_tokens", "tokens", "weight_flawed", "weight_total")
 
 PerSeed = dict[str, dict[str, list[float]]]
@@ -267,6 +272,22 @@ def read_reward_pairs(profile: Profile, model: str, metric: str) -> Grid:
     mean = correct.mean(axis=1, keepdims=True)
     values = mean + (correct - mean) @ of_prompt.T * len(names) / len(grid.items)
     return Grid(grid.seeds, names, {"correct": values})
+
+
+def read_edit_likelihood(profile: Profile, models: Sequence[str]) -> tuple[dict[str, Grid], list[int]]:
+    """Log-probabilities of held-out edits by policy, columns ``LIKELIHOOD_COLUMNS`` (sums in nats, numbers of tokens),
+    of the same edits in the same order; and for each edit the number of its prompt, from 0."""
+    path, writer = metrics_path(profile, "edit_likelihood.csv"), "the stage score_edits"
+    grids = {
+        model: read_grid(path, profile.seeds, LIKELIHOOD_COLUMNS, writer, where={"model": model}) for model in models
+    }
+    items = grids[models[0]].items
+    for model, grid in grids.items():
+        if grid.items != items:
+            raise InputError(f"{path}: {model}: expected the edits of {models[0]}; run {writer} again")
+    prompts = {row["id"]: row["prompt"] for row in read_rows(path, ("id", "prompt"), writer)}
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts[item] for item in items))}
+    return grids, [numbers[prompts[item]] for item in items]
 
 
 def read_token_intervals(profile: Profile) -> dict[tuple[str, str], tuple[float, float]]:

@@ -30,7 +30,7 @@ MORE_SEEDS = "more-seeds"
 """The default profile with more seeds, for the claims alone."""
 _NOT_SHOWN = (
     "report", "root", "params_file", "world", "papers", "needed_token_models", "judge_models", "other_judges",
-    "judge_tables",
+    "judge_tables", "edit_likelihood",
 )  # fmt: skip
 EARLIER = {
     "earlier test split": "results/first-test-split/claims-12-seeds.csv",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fgalign.config import Profile
 from fgalign.errors import ConfigError, InputError
+from fgalign.evaluation.config import policies_with_weights
 from fgalign.io import write_text
 from fgalign.report import inputs
 from fgalign.report.cells import Block, Cell, blocks_to_tex, cells_to_csv, layout
@@ -39,6 +40,8 @@ from fgalign.study import searched_keys
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike
+
+    from fgalign.evaluation.statistics import Parts
 
 PERCENT = 100.0
 UNIT_RANGE = (0.0, 1.0)
@@ -324,6 +327,65 @@ def read_study(profile: Profile, study: str) -> dict[str, Grid]:
     return grids
 
 
+def edit_likelihood(profile: Profile) -> list[Cell]:
+    """How training changed the log-probabilities of held-out edits, from those of the SFT policy of the same seed: of a
+    token put in, taken out and kept, and the first less the second; of the margin, log p(revised) less log p(initial),
+    and the share of edits whose margin grew (DPO's implicit reward likes the revised response better; no change counts
+    half). Intervals over seeds and prompts (``statistics.Parts``)."""
+    import numpy as np
+
+    from fgalign.evaluation.statistics import Parts, ratio_parts
+
+    name = "edit_likelihood"
+    models = policies_with_weights(profile)
+    grids, prompts = inputs.read_edit_likelihood(profile, models)
+    count, ones = len(set(prompts)), np.ones(len(prompts))
+    cells = []
+    for model in models:
+        if model == SFT:
+            continue
+        values = grids[model].values
+        change = {column: found - grids[SFT].values[column] for column, found in values.items()}
+        margin = change["revised"] - change["initial"]
+        found: dict[str, list[Parts | None]] = {
+            f"{kind}_change": [
+                ratio_parts(part, whole, prompts, count)
+                for part, whole in zip(change[kind], values[f"{kind}_tokens"], strict=True)
+            ]
+            for kind in ("good", "bad", "kept")
+        }
+        found["good_minus_bad"] = [
+            good and bad and Parts(good.value - bad.value, good.values - bad.values, min(good.responses, bad.responses))
+            for good, bad in zip(found["good_change"], found["bad_change"], strict=True)
+        ]
+        found["margin_change"] = [ratio_parts(row, ones, prompts, count) for row in margin]
+        for metric, parts in found.items():
+            cells += _of_parts(name, model, metric, parts, profile.seeds)
+        grown = [ratio_parts(row, ones, prompts, count) for row in (1 + np.sign(margin)) / 2]
+        cells += _of_parts(name, model, "towards_revised", grown, profile.seeds, PERCENT, UNIT_RANGE)
+    return cells
+
+
+def _of_parts(
+    table: str,
+    row: str,
+    metric: str,
+    by_seed: Sequence[Parts | None],
+    seeds: Sequence[int],
+    scale: float = 1.0,
+    bounds: tuple[float, float] | None = None,
+) -> list[Cell]:
+    """A cell with the mean over seeds of a statistic in parts, where every seed has it; without an interval where it
+    rests on one response."""
+    from fgalign.evaluation.statistics import parts_interval
+
+    if None in by_seed:
+        return []
+    interval = parts_interval(by_seed, bounds=bounds)
+    found = interval or (fmean(parts.value for parts in by_seed), None, None)
+    return [_cell(table, row, metric, [value if value is None else scale * value for value in found], seeds)]
+
+
 def xu_token_models(profile: Profile) -> list[Cell]:
     """The token-level reward model and its alternatives (losses, labels): the columns of ``xu_reward_models``."""
     required = list(dict.fromkeys(["rm_token", *profile.params.get("token_models", {})]))
@@ -594,6 +656,9 @@ TABLES: dict[str, Table] = {
         _judge_block,
         core=False,
         notes=judge_notes,
+    ),
+    "edit_likelihood": Table(
+        "Held-out edits under the policies", edit_likelihood, _one_file("edit_likelihood.csv"), core=False
     ),
     "credit": Table("Where the credit goes", credit, _one_file("credit.csv"), core=False),
     "search": Table(
