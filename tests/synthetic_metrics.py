@@ -142,6 +142,7 @@ def write_more_metrics(profile: Profile, prompts: int = 60) -> None:
     write_overoptimisation(profile)
     write_credit(profile)
     write_rejudged(profile, "rouge_l", prompts)
+    write_edit_likelihood(profile, prompts)
     rows = [
         [split, text, f"{text}-{index}", -index % 3, 0.5 * (index % 3) if text == "chosen" else ""]
         for split, texts in (("train", ("demonstration", "chosen", "rejected", "revised")), ("test", ("reference",)))
@@ -149,6 +150,20 @@ def write_more_metrics(profile: Profile, prompts: int = 60) -> None:
         for index in range(6)
     ]
     write_csv(profile.results / "metrics" / "text_quality.csv", "split,text,id,score,better", rows)
+
+
+def write_edit_likelihood(profile: Profile, edits: int) -> None:
+    """Held-out edits whose good tokens become likelier with the method's skill, and whose bad ones do not."""
+    rows = []
+    for model in ("sft", *profile.params["methods"]):
+        gain = METHODS.get(model, METHODS["sft"]) - METHODS["sft"]
+        for seed in profile.seeds:
+            for index in range(edits):
+                random = Random(f"{model} {seed} {index}")
+                good, bad, kept = (round(-3 + change + random.gauss(0, 0.02), 4) for change in (gain, 0, 0))
+                rows.append([model, seed, f"e{index}", f"e{index}", kept + bad, kept + good, good, 2, bad, 1, kept, 9])
+    header = "model,seed,id,prompt,initial,revised,good,good_tokens,bad,bad_tokens,kept,kept_tokens"
+    write_csv(profile.results / "metrics" / "edit_likelihood.csv", header, rows)
 
 
 def write_overoptimisation(profile: Profile) -> None:

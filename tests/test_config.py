@@ -324,8 +324,8 @@ def test_every_field_of_an_optimiser_reaches_the_trainer():
 
 PAPER = ROOT / "reproduce" / "profiles" / "paper" / "params.yaml"
 NO_HYPERPARAMETERS = {
-    "profile", "root", "params_file", "judge_tables", "report", "plan", "token_models", "needed_token_models",
-    "studies", "sweeps", "search", "world", "papers", "runtime.device", "runtime.threads",
+    "profile", "root", "params_file", "judge_tables", "edit_likelihood", "report", "plan", "token_models",
+    "needed_token_models", "studies", "sweeps", "search", "world", "papers", "runtime.device", "runtime.threads",
     "other_judges.reward_model.title", "other_judges.reward_model.trained_on",
 }  # fmt: skip
 FROM_THE_PAPERS = {

@@ -164,15 +164,15 @@ def test_changes_from_sft_by_hand(profile):
     cells = cells_of(profile)
     # A token's share of 2, 4, 6, 12 over two tokens each: 1, 2, 3, 6, with mean 3 and variance 14 / 3.
     half = student.ppf(0.975, 3) * (14 / 3 / 4) ** 0.5
-    good = cells["good_change"]
+    good = cells["difference_good"]
     assert (good.mean, good.low, good.high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-4)
-    bad = cells["bad_change"]
+    bad = cells["difference_bad"]
     assert (bad.mean, bad.low, bad.high) == (-1, -1, -1)
-    assert cells["kept_change"].mean == 0
-    difference = cells["good_minus_bad"]
+    assert cells["difference_kept"].mean == 0
+    difference = cells["difference_good_bad"]
     assert (difference.mean, difference.low) == pytest.approx((4, 4 - half), abs=1e-4)
     # 0, -1, 1, 4: mean 1, variance 14 / 3; a half, no, yes, yes.
-    margin = cells["margin_change"]
+    margin = cells["difference_margin"]
     assert (margin.mean, margin.high) == pytest.approx((1, 1 + half), abs=1e-4)
     assert cells["towards_revised"].mean == 62.5
 
@@ -183,11 +183,33 @@ def test_edits_of_one_prompt_count_as_one(profile):
     sft = [("sft", 1, *edit, 0, 0, 0, 0, 0) for edit in edits]
     figa = [("figa", 1, *edit, 0, change, 0, 0, 0) for edit, change in zip(edits, (1, 2, 6), strict=True)]
     write(profile, [*sft, *figa])
-    margin = cells_of(profile)["margin_change"]
+    margin = cells_of(profile)["difference_margin"]
     # The mean of all three is 3. Cluster sampling of two prompts: 3 + 2/3 (1 - 3 + 2 - 3) = 1, 3 + 2/3 (6 - 3) = 5;
     # their variance is 8, the error 2, with one degree of freedom.
     assert margin.mean == 3
     assert margin.high - margin.mean == pytest.approx(student.ppf(0.975, 1) * 2, abs=1e-3)
+
+
+def test_edits_that_shorten_and_that_lengthen_a_response(profile):
+    profile.params["seeds"] = [1]
+    edits = [f"e{number}" for number in range(5)]
+    sft = [("sft", 1, edit, edit, 0, 0, 0, 0, 0) for edit in edits]
+    figa = [("figa", 1, edit, edit, 0, change, 0, 0, 0) for edit, change in zip(edits, (1, 3, 9, -2, -4), strict=True)]
+    write(profile, [*sft, *figa])
+    path = profile.results / "metrics" / "edit_likelihood.csv"
+    lines = path.read_text().splitlines()
+    # e0 and e1 take out more tokens than they put in, e2 as many, e3 and e4 fewer.
+    for number, tokens in enumerate(((1, 2), (0, 9), (3, 3), (2, 1), (5, 0))):
+        for line in (1 + number, 6 + number):
+            lines[line] = lines[line].replace(",2,1,4", f",{tokens[0]},{tokens[1]},4")
+    path.write_text("\n".join(lines) + "\n")
+    cells = cells_of(profile)
+    names = ("difference_margin", "difference_margin_shorter", "difference_margin_longer")
+    assert [cells[name].mean for name in names] == [1.4, 2, -3]
+    # Of 1 and 3 the variance is 2, and the other three count for nothing: the ratio estimator of 5 edits has
+    # 2 + 5/2 (-1), 2 + 5/2 (1) and three times 2, with variance 3.125; two edits leave one degree of freedom.
+    half = student.ppf(0.975, 1) * (3.125 / 5) ** 0.5
+    assert cells["difference_margin_shorter"].high == pytest.approx(2 + half, abs=1e-3)
 
 
 def test_seeds_are_paired_with_their_own_sft_and_widen_the_interval(profile):
@@ -195,7 +217,7 @@ def test_seeds_are_paired_with_their_own_sft_and_widen_the_interval(profile):
     sft = [("sft", seed, edit, edit, 0, 10 * seed, 0, 0, 0) for seed in (1, 2) for edit in edits]
     figa = [("figa", seed, edit, edit, 0, 10 * seed + seed, 0, 0, 0) for seed in (1, 2) for edit in edits]
     write(profile, [*sft, *figa])
-    margin = cells_of(profile)["margin_change"]
+    margin = cells_of(profile)["difference_margin"]
     # Changes 1 and 2, the same for all edits: the variance between seeds is 0.5, the error 0.5, one degree of freedom.
     assert (margin.mean, margin.seeds) == (1.5, (1, 2))
     assert margin.high - margin.mean == pytest.approx(student.ppf(0.975, 1) * 0.5, abs=1e-3)
@@ -206,7 +228,8 @@ def test_what_no_edit_has_is_left_out(profile):
     write(profile, [(model, 1, edit, edit, 0, 0, 0, 0, 0) for model in ("sft", "figa") for edit in "ab"])
     path = profile.results / "metrics" / "edit_likelihood.csv"
     path.write_text(path.read_text().replace(",2,1,4\n", ",2,0,4\n"))
-    assert list(cells_of(profile)) == ["good_change", "kept_change", "margin_change", "towards_revised"]
+    metrics = ["good", "kept", "margin", "margin_longer"]
+    assert list(cells_of(profile)) == [*(f"difference_{metric}" for metric in metrics), "towards_revised"]
 
 
 def test_what_must_fail(profile):

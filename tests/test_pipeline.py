@@ -195,15 +195,17 @@ def test_every_table_has_the_stage_that_builds_it(stages_read_once) -> None:
     from fgalign.report.tables import TABLES
 
     profile = load_profile("mini", ROOT)
-    stages = {name: table_stage(profile, name) for name in TABLES if name != "judges"}
+    of_others = ("judges", "edit_likelihood")
+    stages = {name: table_stage(profile, name) for name in TABLES if name not in of_others}
     assert stages["figa_main"] == "figa_main" and stages["labels"] == "labels_table"
     assert stages["figa_signals"] == "study_table@figa_signals"
     assert stages["search"] == "reproduce/sweeps/dvc.yaml:search_table"
     human = load_profile("human", ROOT)
     assert table_stage(human, "figa_main") == "reproduce/profiles/human/dvc.yaml:figa_main"
-    assert table_stage(human, "judges") == "reproduce/profiles/human/dvc.yaml:judges@main"
-    with pytest.raises(InputError, match="no stage of the profile mini builds this table"):
-        table_stage(profile, "judges")
+    for name in of_others:
+        assert table_stage(human, name) == f"reproduce/profiles/human/dvc.yaml:{name}@main"
+        with pytest.raises(InputError, match="no stage of the profile mini builds this table"):
+            table_stage(profile, name)
     with pytest.raises(InputError, match="no stage of the profile human builds this table"):
         table_stage(human, "credit")
 
@@ -282,6 +284,7 @@ def test_the_whole_graph_runs_and_gives_every_table_and_figure(smoke: Path) -> N
         "xu_reward_models",
         "xu_efficiency",
         "judges",
+        "edit_likelihood",
     )
     assert tables == {f"{name}.{kind}" for name in names for kind in ("csv", "tex")}
     figures = {path.name for path in (results / "figures").iterdir()}
@@ -297,7 +300,7 @@ def test_every_training_and_evaluation_stage_is_a_tracked_run(smoke: Path) -> No
     experiment = client.get_experiment_by_name("fgalign-smoke")
     runs = client.search_runs([experiment.experiment_id], max_results=500)
     names = {item.info.run_name for item in runs}
-    expected = {"smoke/base", "smoke/label_quality"}
+    expected = {"smoke/base", "smoke/label_quality", "smoke/score_edits"}
     for stage in ("sft", "rm_preference", "rm_edit", "rm_token", "figa", "ppo_preference", "ppo_edit", "ppo_token"):
         expected |= {f"smoke/{stage}/seed-{seed}" for seed in (1, 2)}
     expected |= {"smoke/judge_model@preferences/seed-101", "smoke/rejudge@reward_model"}

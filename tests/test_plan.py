@@ -236,8 +236,8 @@ def test_the_shipped_profile_fits(paper):
     assert text.splitlines()[-2:] == [
         "vLLM, where PPO may sample with it, holds its `vllm_memory` beside scoring and update, in GiB: ppo_preference "
         "23.7, ppo_edit 23.7, ppo_token 23.7.",
-        "Not estimated: raw, edits, base, labels, reward_models, benchmark, judge, rejudge, curves, tables and "
-        "figures, loading models from disk.",
+        "Not estimated: raw, edits, base, labels, reward_models, score_edits, benchmark, judge, rejudge, curves, "
+        "tables and figures, loading models from disk.",
     ]
 
 

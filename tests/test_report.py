@@ -800,7 +800,7 @@ def test_paper_shows_all_that_the_human_profile_can_have(built, tmp_path):
     ]
     header = "model,candidate,parameters,metric,value,chosen"
     made_up.write_csv(human.sweeps / "metrics" / "search_rewards.csv", header, rows)
-    for name in ("labels", "figa_main", "search", "judges", "xu_reward_models", "xu_win_rate"):
+    for name in ("labels", "figa_main", "search", "judges", "edit_likelihood", "xu_reward_models", "xu_win_rate"):
         build_table(human, name)
     build_paper(root)
     source = root / "paper" / "main.typ"
@@ -989,6 +989,10 @@ def pipeline(profile):
     stages["search"] = {**one, "outs": ["data/mini/search"]}
     stages["choose_search"] = {**one, "deps": [src, "data/mini/search"], "outs": [sweeps + "search.csv"]}
     stages["credit"] = {**one, "deps": [src, *(model(name) for name in made_up.PPO)], "outs": [metrics + "credit.csv"]}
+    stages["score_edits"] = {
+        "foreach": ["main"],
+        "do": {**one, "deps": [src, "data/mini/models"], "outs": [metrics + "edit_likelihood.csv"]},
+    }
     stages["text_quality"] = {**one, "outs": [metrics + "text_quality.csv"]}
     stages["label_quality"] = {**one, "outs": [metrics + "label_quality.json"]}
     stages["reward_models"] = {
@@ -1038,6 +1042,8 @@ def test_index_links_every_row_and_all_its_links_exist(built, tmp_path):
     assert "`mini/judge_study@figa_signals/word`, `mini/study@figa_signals/word/seed-1`" in row
     row = next(line for line in first.splitlines() if "(`figa/1: optim.learning_rate=0.0003`)" in line)
     assert "| `choose_search`, `search` |" in row and "`mini/choose_search`, `mini/search/figa/1/seed-1` |" in row
+    row = next(line for line in first[first.index("### `edit_likelihood`") :].splitlines() if "(`figa`)" in line)
+    assert "| `score_edits@main`, `align@figa` |" in row and "`mini/score_edits`, `mini/figa/seed-1`" in row
     row = next(line for line in first.splitlines() if "(`token_ppo_beats_ppo`)" in line)
     assert "| `judge@ppo_token`, `judge@ppo_preference` |" in row and "[ppo_token.csv]" in row
     assert f"`{head[:12]}`" in row and "1 2 3" in row

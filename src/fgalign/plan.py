@@ -46,8 +46,8 @@ from fgalign.evaluation.config import REWARD_MODELS, EvaluationConfig
 GIB = 2**30
 
 NOT_ESTIMATED = (
-    "raw", "edits", "base", "labels", "reward_models", "benchmark", "judge", "rejudge", "curves", "tables and figures",
-    "loading models from disk",
+    "raw", "edits", "base", "labels", "reward_models", "score_edits", "benchmark", "judge", "rejudge", "curves",
+    "tables and figures", "loading models from disk",
 )  # fmt: skip
 """Stages of every profile that have no estimate, and what no estimate counts."""
 

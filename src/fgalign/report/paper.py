@@ -151,8 +151,9 @@ def _asked(profile: Profile) -> list[str]:
 
 
 def _without_rows(profile: Profile) -> list[str]:
-    """Tables that would be empty in this profile: that of the judges where it has one."""
-    return [] if other_judges(profile) else ["judges"]
+    """Tables that would be empty in this profile, or that it does not ask for."""
+    judges = [] if other_judges(profile) else ["judges"]
+    return judges + ([] if profile.params.get("edit_likelihood") else ["edit_likelihood"])
 
 
 def _shown(profile: Profile, name: str, cells: list[Cell]) -> dict[str, Any]:

@@ -55,6 +55,8 @@ LABEL_SHARES = ("precision", "recall", "f1", "share_of_labels", "share_bad_label
 QUALITY, BUDGETS = "Quality", "Further"
 BY_KIND = "AUROC by kind of flaw"
 OTHER_JUDGES = "Other judges"
+OF_TOKENS, OF_EDITS = "A token", "An edit"
+MARGINS = ("difference_margin", "difference_margin_shorter", "difference_margin_longer", "towards_revised")
 BEST, LAST = "At the best gold score", "At the last update"
 JUDGE = "judge:"
 """Start of the row of another judge in ``judges``."""
@@ -331,7 +333,8 @@ def edit_likelihood(profile: Profile) -> list[Cell]:
     """How training changed the log-probabilities of held-out edits, from those of the SFT policy of the same seed: of a
     token put in, taken out and kept, and the first less the second; of the margin, log p(revised) less log p(initial),
     and the share of edits whose margin grew (DPO's implicit reward likes the revised response better; no change counts
-    half). Intervals over seeds and prompts (``statistics.Parts``)."""
+    half); of the margin also where the revised response is shorter than the initial one, and where it is longer.
+    Intervals over seeds and prompts (``statistics.Parts``)."""
     import numpy as np
 
     from fgalign.evaluation.statistics import Parts, ratio_parts
@@ -348,17 +351,25 @@ def edit_likelihood(profile: Profile) -> list[Cell]:
         change = {column: found - grids[SFT].values[column] for column, found in values.items()}
         margin = change["revised"] - change["initial"]
         found: dict[str, list[Parts | None]] = {
-            f"{kind}_change": [
+            f"difference_{kind}": [
                 ratio_parts(part, whole, prompts, count)
                 for part, whole in zip(change[kind], values[f"{kind}_tokens"], strict=True)
             ]
             for kind in ("good", "bad", "kept")
         }
-        found["good_minus_bad"] = [
+        found["difference_good_bad"] = [
             good and bad and Parts(good.value - bad.value, good.values - bad.values, min(good.responses, bad.responses))
-            for good, bad in zip(found["good_change"], found["bad_change"], strict=True)
+            for good, bad in zip(found["difference_good"], found["difference_bad"], strict=True)
         ]
-        found["margin_change"] = [ratio_parts(row, ones, prompts, count) for row in margin]
+        put_in, taken_out = (values[f"{kind}_tokens"] for kind in ("good", "bad"))
+        for metric, counted in (
+            ("difference_margin", np.ones_like(margin)),
+            ("difference_margin_shorter", put_in < taken_out),
+            ("difference_margin_longer", put_in > taken_out),
+        ):
+            found[metric] = [
+                ratio_parts(row * counts, counts, prompts, count) for row, counts in zip(margin, counted, strict=True)
+            ]
         for metric, parts in found.items():
             cells += _of_parts(name, model, metric, parts, profile.seeds)
         grown = [ratio_parts(row, ones, prompts, count) for row in (1 + np.sign(margin)) / 2]
@@ -658,7 +669,11 @@ TABLES: dict[str, Table] = {
         notes=judge_notes,
     ),
     "edit_likelihood": Table(
-        "Held-out edits under the policies", edit_likelihood, _one_file("edit_likelihood.csv"), core=False
+        "Held-out edits under the policies",
+        edit_likelihood,
+        _one_file("edit_likelihood.csv"),
+        block=lambda profile, cell: OF_EDITS if cell.metric in MARGINS else OF_TOKENS,
+        core=False,
     ),
     "credit": Table("Where the credit goes", credit, _one_file("credit.csv"), core=False),
     "search": Table(
