@@ -827,6 +827,10 @@ def test_paper_shows_all_that_the_human_profile_can_have(built, tmp_path):
     text = " ".join("".join(texts_of(source, "par")).split())
     assert re.search(r"in 9\.0%[^%]*\(FIGA\) to 10\.5%[^%]*\(SFT\) of the cases", text)
     assert "+gamma_1 points, a gain; to leave" in text and "by +beta_0 points, an interval that holds zero." in text
+    # Policies on held-out edits, whose good tokens gain with the method's skill: 0.13 a pair of tokens of FIGA.
+    assert re.search(r"The right way went FIGA \(\+0\.06\d nats \[[^]]*\] a token\); PPO", text)
+    assert re.search(r"gained on the initial one under FIGA \(\+0\.1\d nats \[[^]]*\] an edit\);", text)
+    assert "that holds zero for" not in text and "only where the correction is shorter" not in text
     # One sentence says of `human` what the other does.
     assert "chosen on the validation split" in text and "were set by hand, but for the learning rates" in text
 
