@@ -39,6 +39,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "label_quality",
             "text_quality",
             "reward_models",
+            "score_edits",
             "token_models",
             "credit",
             "samples",
