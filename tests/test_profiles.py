@@ -80,11 +80,11 @@ def smoke(changes: dict | None = None) -> Profile:
         ),
         (
             {"studies.x": {"variants": {"a": {"method": "figa"}}}},
-            "studies.x.variants.a: expected a variant of the method studies.x.method, found that to be None and",
+            "studies.x.variants.a: expected a variant of the study's own method, None, found 'figa'; make it a study",
         ),
         (
             {"studies.x": {"method": "figa", "variants": {"a": {}, "b": {"method": "ppo_token"}}}},
-            "studies.x.variants.b: expected a variant of the method studies.x.method, found that to be 'figa' and",
+            "studies.x.variants.b: expected a variant of the study's own method, 'figa', found 'ppo_token'; make it",
         ),
         (
             {"studies.x": {"method": "figa", "variants": {"a": {"annotator": {"miss_rate": 0.1}}}}},

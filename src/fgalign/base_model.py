@@ -223,8 +223,8 @@ def build_pretrained(config: PretrainedConfig, out: Path) -> None:
     _end_as_turns_do(tokenizer)
     _separate_pad(tokenizer, model)
     # A model that reads images too has a configuration of its text apart.
-    for config in (model.config, model.config.get_text_config(), model.generation_config):
-        config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    for part in (model.config, model.config.get_text_config(), model.generation_config):
+        part.pad_token_id, part.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

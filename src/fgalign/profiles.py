@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fgalign.config import DEFAULT_PROFILE, KEYS, Profile, parse_section, profile_file
 from fgalign.errors import ConfigError
 from fgalign.evaluation.config import REWARD_MODELS, EvaluationConfig
 from fgalign.io import atomic_dir
+
+if TYPE_CHECKING:
+    from fgalign.study import Study, Variant
 
 WITHOUT_GOLD = ("simulator", "alpaca_farm", "hh_rlhf", "preference_dataset")
 """Sources without gold answers, which the judge `rouge_l` reads."""
@@ -102,7 +105,7 @@ def check_profile(profile: Profile) -> None:
     for name in params["judge_models"] or {}:
         judge_model_config(profile, name)
     changes = [(name, {}) for name in params["methods"]]
-    changes += [(method, variant.change) for _, method, variant in _variants(profile)]
+    changes += [(variant.method or study.method, variant.change) for *_, study, variant in _variants(profile)]
     if any(entry.get("search") for entry in params["methods"].values()):
         changes += [(candidate.method, candidate.changes) for candidate in candidates(profile)]
     for name, change in changes:
@@ -157,38 +160,33 @@ def _check_methods(profile: Profile) -> None:
             )
 
 
-def _variants(profile: Profile) -> Iterator[tuple[str, str, Any]]:
-    """Every variant of every study: its key, its method and itself."""
+def _variants(profile: Profile) -> Iterator[tuple[str, str, Study, Variant]]:
+    """Every variant of every study: the section and the key below it, the study and itself."""
     from fgalign.study import get_study
 
     for section in ("studies", "sweeps"):
         for name in profile.params.get(section) or {}:
             study = get_study(profile, name)
             for key, variant in study.variants.items():
-                yield f"{section}.{name}.variants.{key}", variant.method or study.method, variant
+                yield section, f"{name}.variants.{key}", study, variant
 
 
 def _check_studies(profile: Profile) -> None:
     from fgalign.stages.data import annotator_config
-    from fgalign.study import get_study
 
     methods = profile.params.get("methods") or {}
-    for key, method, variant in _variants(profile):
+    for section, key, study, variant in _variants(profile):
+        where, method = f"{profile.file}: {section}.{key}", variant.method or study.method
         if method not in methods:
-            raise ConfigError(
-                f"{profile.file}: {key}: expected one of the methods {', '.join(methods)}, found {method!r}"
-            )
+            raise ConfigError(f"{where}: expected one of the methods {', '.join(methods)}, found {method!r}")
         if variant.annotator:
-            annotator_config(profile, variant.annotator, f"{key}.annotator")
-    for name in profile.params.get("studies") or {}:
-        # DVC lets a study wait for the method that it names, and knows of nothing else that its variants need.
-        study = get_study(profile, name)
-        for key, variant in study.variants.items():
-            where = f"{profile.file}: studies.{name}.variants.{key}"
-            if study.method is None or variant.method not in (None, study.method):
+            annotator_config(profile, variant.annotator, f"{section}.{key}.annotator")
+        if section == "studies":
+            # DVC lets a study wait for the method that it names, and knows of nothing else that its variants need.
+            if method != study.method:
                 raise ConfigError(
-                    f"{where}: expected a variant of the method studies.{name}.method, found that to be "
-                    f"{study.method!r} and the variant's to be {variant.method!r}; {_SWEEPS}"
+                    f"{where}: expected a variant of the study's own method, {study.method!r}, found {method!r}; "
+                    f"{_SWEEPS}"
                 )
             if variant.annotator:
                 raise ConfigError(f"{where}.annotator: expected none, as no stage makes these edits; {_SWEEPS}")

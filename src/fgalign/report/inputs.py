@@ -26,11 +26,9 @@ SWEEP_METRICS = ("search.csv", "search_rewards.csv", "overoptimisation.csv", "to
 SIDES = ("initial", "revised", "reference")
 BUDGET_COLUMNS = ("training_tokens", "sampled_tokens", "gradient_updates")
 OVEROPTIMISATION_COLUMNS = ("kl", "proxy", "gold", "win")
-LIKELIHOOD_COLUMNS = (
-    "initial",
-    "revised",
-    *(f"{kind}{end}" for kind in ("good", "bad", "kept") for end in ("", "_tokens")),
-)
+EDITED = ("good", "bad", "kept")
+"""Tokens that an edit puts in, takes out and leaves."""
+LIKELIHOOD_COLUMNS = ("initial", "revised", *(f"{kind}{end}" for kind in EDITED for end in ("", "_tokens")))
 CREDIT_COLUMNS = ("flawed_tokens", "tokens", "weight_flawed", "weight_total")
 
 PerSeed = dict[str, dict[str, list[float]]]

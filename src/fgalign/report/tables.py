@@ -342,37 +342,29 @@ def edit_likelihood(profile: Profile) -> list[Cell]:
     name = "edit_likelihood"
     models = policies_with_weights(profile)
     grids, prompts = inputs.read_edit_likelihood(profile, models)
-    count, ones = len(set(prompts)), np.ones(len(prompts))
+
+    def ratios(part: np.ndarray, whole: np.ndarray) -> list[Parts | None]:
+        """The ratio of sums over edits, one a seed; (seeds, edits) each."""
+        return [ratio_parts(*row, prompts, len(set(prompts))) for row in zip(part, whole, strict=True)]
+
     cells = []
     for model in models:
         if model == SFT:
             continue
         values = grids[model].values
-        change = {column: found - grids[SFT].values[column] for column, found in values.items()}
-        margin = change["revised"] - change["initial"]
-        found: dict[str, list[Parts | None]] = {
-            f"difference_{kind}": [
-                ratio_parts(part, whole, prompts, count)
-                for part, whole in zip(change[kind], values[f"{kind}_tokens"], strict=True)
-            ]
-            for kind in ("good", "bad", "kept")
-        }
+        change = {column: now - grids[SFT].values[column] for column, now in values.items()}
+        found = {f"difference_{kind}": ratios(change[kind], values[f"{kind}_tokens"]) for kind in inputs.EDITED}
         found["difference_good_bad"] = [
             good and bad and Parts(good.value - bad.value, good.values - bad.values, min(good.responses, bad.responses))
             for good, bad in zip(found["difference_good"], found["difference_bad"], strict=True)
         ]
-        put_in, taken_out = (values[f"{kind}_tokens"] for kind in ("good", "bad"))
-        for metric, counted in (
-            ("difference_margin", np.ones_like(margin)),
-            ("difference_margin_shorter", put_in < taken_out),
-            ("difference_margin_longer", put_in > taken_out),
-        ):
-            found[metric] = [
-                ratio_parts(row * counts, counts, prompts, count) for row, counts in zip(margin, counted, strict=True)
-            ]
+        margin, longer = change["revised"] - change["initial"], values["good_tokens"] - values["bad_tokens"]
+        every = np.ones_like(margin)
+        for ending, counted in (("", every), ("_shorter", longer < 0), ("_longer", longer > 0)):
+            found[f"difference_margin{ending}"] = ratios(margin * counted, counted)
         for metric, parts in found.items():
             cells += _of_parts(name, model, metric, parts, profile.seeds)
-        grown = [ratio_parts(row, ones, prompts, count) for row in (1 + np.sign(margin)) / 2]
+        grown = ratios((1 + np.sign(margin)) / 2, every)
         cells += _of_parts(name, model, "towards_revised", grown, profile.seeds, PERCENT, UNIT_RANGE)
     return cells
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,10 +73,10 @@ def score_pairs(
     tokenizer: Any,
     batch_size: int,
     device: torch.device,
-    done: Any = None,
+    done: Callable[[int], object],
 ) -> list[dict[str, float]]:
     """What the policy in ``folder`` says of each pair, after the prompt as its ``decoding.json`` has it: see
-    ``run_score_edits``. ``done`` is told how many pairs are done."""
+    ``run_score_edits``. ``done`` is told the number of pairs done in each batch."""
     import torch
 
     from fgalign.core.modeling import load_causal_lm
@@ -99,8 +99,7 @@ def score_pairs(
             for row, line in zip(rows, logps, strict=True):
                 labels = getattr(pairs[row], f"{side}_labels")
                 found[row] |= _sums(side, line[: len(labels)].tolist(), labels)
-        if done is not None:
-            done(len(rows))
+        done(len(rows))
     return found
 
 
